@@ -1,0 +1,53 @@
+"""One typed, frozen configuration tree, read from YAML with `a.b=c` overrides.
+
+This package imports neither jax nor numpy: a mistake in a config is reported in a fraction of a second, before
+anything is compiled. `load_config` is the only way in; every error is a `ConfigError` (a `ValueError`).
+"""
+
+from dynamo_jax.config.checks import architecture_problems
+from dynamo_jax.config.load import ConfigError, differences, dump_config, load_config, resolved
+from dynamo_jax.config.tree import (
+    AllocationConfig,
+    ArchitectureConfig,
+    ArithmeticConfig,
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    LoggingConfig,
+    MeshConfig,
+    ModulationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TaskConfig,
+    TrainerConfig,
+    VerifierConfig,
+    WarmupConfig,
+)
+
+__all__ = [
+    "AllocationConfig",
+    "ArchitectureConfig",
+    "ArithmeticConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "EvalConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "ModulationConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "RolloutConfig",
+    "TaskConfig",
+    "TrainerConfig",
+    "VerifierConfig",
+    "WarmupConfig",
+    "architecture_problems",
+    "differences",
+    "dump_config",
+    "load_config",
+    "resolved",
+]

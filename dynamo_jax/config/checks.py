@@ -1,0 +1,105 @@
+"""Combinations of valid settings that cannot run, each with its remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynamo_jax.config.tree import ArchitectureConfig, Config, MeshConfig
+
+Problem = tuple[str, Any, str, str]  # key, value, why it is impossible, remedy
+
+
+def impossible(c: Config) -> list[Problem]:
+    """Every combination of valid values that cannot run."""
+    return [*_batch_problems(c), *_task_problems(c), *_policy_problems(c)]
+
+
+def _batch_problems(c: Config) -> list[Problem]:
+    prompts, budget, low, high = c.rollout.prompts, c.rollout.budget, c.allocation.low, c.allocation.high
+    shards = c.mesh.batch_shards
+    mesh = f"mesh.data * mesh.fsdp = {c.mesh.data} * {c.mesh.fsdp}"
+    problems: list[Problem] = []
+    if low * prompts > budget:
+        why = f"{prompts} prompts x {low} rollouts need {low * prompts}, but a step has {budget}"
+        remedy = f"Lower allocation.low to at most {c.rollout.per_prompt} or raise rollout.per_prompt."
+        problems.append(("allocation.low", low, why, remedy))
+    if high * prompts < budget:
+        why = f"{prompts} prompts x {high} rollouts hold only {high * prompts} of a step's {budget}"
+        remedy = f"Raise allocation.high to at least {c.rollout.per_prompt} or lower rollout.per_prompt."
+        problems.append(("allocation.high", high, why, remedy))
+    needed = {"grpo": 1, "rloo": 2, "dr_grpo": 3}[c.objective.advantage]
+    if low < needed:
+        why = f"objective.advantage = {c.objective.advantage} needs groups of at least {needed}"
+        problems.append(("allocation.low", low, why, f"Set allocation.low={needed}."))
+    if budget % c.mini_batch:
+        why = f"does not divide the {budget} rollouts of a step"
+        problems.append(("trainer.mini_batch", c.mini_batch, why, "Choose a divisor."))
+    if c.mini_batch % c.micro_batch:
+        why = f"does not divide the mini-batch of {c.mini_batch} rollouts"
+        problems.append(("trainer.micro_batch", c.micro_batch, why, "Choose a divisor."))
+    if budget % c.rollout_batch:
+        why = f"does not divide the {budget} rollouts of a step"
+        problems.append(("rollout.batch", c.rollout_batch, why, "Choose a divisor."))
+    for key, value in (("trainer.micro_batch", c.micro_batch), ("rollout.batch", c.rollout_batch)):
+        if value % shards:
+            why = f"is not a multiple of {mesh}"
+            problems.append((key, value, why, f"Choose a multiple of {shards}, or a smaller mesh."))
+    if max(c.eval.k) > c.eval.samples:
+        why = f"Pass@k needs k samples a problem, and eval.samples = {c.eval.samples}"
+        problems.append(("eval.k", list(c.eval.k), why, f"Raise eval.samples to {max(c.eval.k)}."))
+    return problems
+
+
+def _task_problems(c: Config) -> list[Problem]:
+    problems: list[Problem] = []
+    if c.task.kind == "math":
+        for key, value in (("task.train", c.task.train), ("task.tokenizer", c.task.tokenizer)):
+            if not value:
+                problems.append((key, value, "the task `math` needs it", "Give a path."))
+        if c.warmup.steps:
+            why = "only task.kind = arithmetic has worked solutions to warm up on"
+            problems.append(("warmup.steps", c.warmup.steps, why, "Set warmup.steps=0."))
+        return problems
+    for key, value in (("task.train", c.task.train), ("task.eval", c.task.eval), ("task.tokenizer", c.task.tokenizer)):
+        if value:
+            why = "task.kind = arithmetic makes its own problems and tokenizer"
+            problems.append((key, value, why, "Set task.kind=math to train on files."))
+    operations = c.task.arithmetic.max_operations
+    if c.task.max_prompt_tokens < 2 * operations + 2:
+        why = f"a chain of {operations} operations has {2 * operations + 2} tokens"
+        problems.append(("task.max_prompt_tokens", c.task.max_prompt_tokens, why, f"Set {2 * operations + 2} or more."))
+    if c.rollout.max_tokens < operations + 1:
+        why = f"a worked solution of {operations} operations has {operations + 1} tokens"
+        problems.append(("rollout.max_tokens", c.rollout.max_tokens, why, f"Set {operations + 1} or more."))
+    return problems
+
+
+def _policy_problems(c: Config) -> list[Problem]:
+    if (c.policy.load is None) == (c.policy.architecture is None):
+        why = "exactly one of policy.load and policy.architecture says what the policy is"
+        return [("policy.load", c.policy.load, why, "Give the one and leave the other out.")]
+    return architecture_problems(c.policy.architecture, c.mesh) if c.policy.architecture else []
+
+
+def architecture_problems(a: ArchitectureConfig, mesh: MeshConfig) -> list[Problem]:
+    """Shapes that do not fit together or that the mesh cannot divide; also used on a loaded `config.json`."""
+    key = "policy.architecture."
+    head_dim = a.head_dim or a.hidden_size // a.num_heads
+    divisors = [
+        ("num_heads", a.num_heads, "num_kv_heads", a.num_kv_heads),
+        ("num_kv_heads", a.num_kv_heads, "mesh.tensor", mesh.tensor),
+        ("intermediate_size", a.intermediate_size, "mesh.tensor", mesh.tensor),
+        ("hidden_size", a.hidden_size, "mesh.fsdp", mesh.fsdp),
+    ]
+    if a.head_dim is None:
+        divisors.append(("hidden_size", a.hidden_size, "num_heads", a.num_heads))
+    if a.vocab_size is not None:
+        divisors.append(("vocab_size", a.vocab_size, "mesh.tensor", mesh.tensor))
+    problems: list[Problem] = [
+        (key + name, value, f"is not a multiple of {by} = {divisor}", "Choose a multiple.")
+        for name, value, by, divisor in divisors
+        if value % divisor
+    ]
+    if head_dim % 2:
+        problems.append((key + "head_dim", head_dim, "rotary embeddings need an even head size", "Choose an even one."))
+    return problems

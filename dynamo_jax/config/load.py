@@ -1,0 +1,155 @@
+"""Reading a config: strict YAML, `a.b=c` overrides, errors that name the file, the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from dynamo_jax.config.checks import impossible
+from dynamo_jax.config.tree import Config
+
+# Keys that change where, how fast or how verbosely a run goes, but no number that it computes. A resume may change
+# them; a change of any other key is refused (see `differences`).
+FREE_ON_RESUME = (
+    "run_dir", "device", "mesh", "trainer.steps", "trainer.micro_batch", "rollout.batch", "policy.remat",
+    "checkpoint", "logging", "verifier.workers",
+)  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. The message names the file, the key, the value and the remedy."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, apply `key.sub=value` overrides (values in YAML syntax), check everything that needs no device.
+
+    Raises `ConfigError` naming the file, the key, the value and the remedy.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    config = _parse(path, tree)
+    for key, value, why, remedy in impossible(config):
+        raise ConfigError(f"{path}: {key} = {value}: {why}. {remedy}")
+    return config
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The complete tree as plain dicts, lists and scalars: what `config.yaml` of a run folder holds."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return, call-overload]
+
+
+def dump_config(config: Config) -> str:
+    """`resolved(config)` as YAML text that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(resolved(config), sort_keys=False)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = FREE_ON_RESUME) -> list[str]:
+    """`key: old -> new` for each resolved key that differs and changes the result (is not under `free`)."""
+    a, b = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-6` (no dot) as a string; this loader reads it as the number that everyone means.
+
+    It also refuses a key given twice, of which plain YAML silently keeps the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file. The recipes are in configs/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}. Give a YAML file, such as those in configs/.") from None
+    tree = _yaml(text, str(path))
+    if not isinstance(tree, dict):
+        what = "empty" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(f"{path}: is {what}, not a mapping of keys. Start from one of the recipes in configs/.")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: is not of the form key.sub=value, for example trainer.steps=10")
+    *parents, leaf = key.split(".")
+    node = tree
+    for depth, parent in enumerate(parents):
+        if node.get(parent) is None:
+            node[parent] = {}
+        if not isinstance(node[parent], dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        node = node[parent]
+    node[leaf] = _yaml(text, f"override {override!r}")
+
+
+def _parse(path: Path, tree: dict[str, Any]) -> Config:
+    try:
+        # JSON mode: strict about numbers and strings, yet lists become tuples.
+        return pydantic.TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    *parents, leaf = [str(part) for part in error["loc"]] or [""]
+    key = ".".join([*parents, leaf])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _keys_of(Config, parents)
+        close = difflib.get_close_matches(leaf, known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known keys here: {', '.join(known)}."
+        return f"{key}: unknown key. {hint}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key}: is missing. Add it to the file or give it as {key}=VALUE."
+    return f"{key} = {error['input']!r}: {error['msg'].replace('Input should', 'should')}. Correct it."
+
+
+def _keys_of(section: Any, parents: list[str]) -> list[str]:
+    for name in parents:
+        annotation = section.__pydantic_fields__[name].annotation
+        section = next((t for t in getattr(annotation, "__args__", ()) if dataclasses.is_dataclass(t)), annotation)
+    return [field.name for field in dataclasses.fields(section)]

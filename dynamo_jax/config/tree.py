@@ -1,0 +1,237 @@
+"""The configuration tree: every setting, its type, its default and its unit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+_strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, config=_strict)
+class ArithmeticConfig:
+    """The built-in task: left-to-right chains modulo 10. See `tasks/arithmetic.py`."""
+
+    train_prompts: PositiveInt = 2048
+    heldout_prompts: PositiveInt = 256
+    max_operations: Annotated[int, Field(ge=1, le=12)] = 6
+
+
+@dataclass(frozen=True, config=_strict)
+class TaskConfig:
+    """What is learned. `math` reads `train` and `eval` files (JSONL or Parquet) and needs a `tokenizer` folder."""
+
+    kind: Literal["arithmetic", "math"] = "arithmetic"
+    train: tuple[str, ...] = ()
+    eval: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    chat_template: bool = True
+    system_prompt: str | None = None  # null: whatever the tokenizer's template says by itself
+    instruction: str = ""  # appended to the user's message
+    max_prompt_tokens: PositiveInt = 16
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+
+
+@dataclass(frozen=True, config=_strict)
+class WarmupConfig:
+    """Supervised warm-up on worked solutions, so that a random policy has something to reinforce."""
+
+    steps: NonNegativeInt = 0
+    batch: PositiveInt = 256
+    learning_rate: PositiveFloat = 3e-3
+    multiplication_rate: Probability = 0.05  # share of `*` among the operations of the worked solutions
+
+
+@dataclass(frozen=True, config=_strict)
+class VerifierConfig:
+    workers: PositiveInt = 2
+    timeout: PositiveFloat = 5.0  # seconds of CPU time an answer may take
+    memory_mb: Annotated[int, Field(ge=128)] = 1024  # address space beyond a worker's own start-up size
+
+
+@dataclass(frozen=True, config=_strict)
+class ArchitectureConfig:
+    """Shape of a policy that starts from random weights. Defaults: about 105k parameters."""
+
+    hidden_size: PositiveInt = 64
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 4
+    head_dim: PositiveInt | None = None  # null: hidden_size / num_heads
+    intermediate_size: PositiveInt = 192
+    vocab_size: PositiveInt | None = None  # null: the tokenizer's size
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-6
+    qkv_bias: bool = True
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True, config=_strict)
+class PolicyConfig:
+    """Either `load`, a folder with `config.json` and safetensors, or random weights of `architecture`."""
+
+    load: str | None = None
+    architecture: ArchitectureConfig | None = None
+    param_dtype: DType = "float32"
+    compute_dtype: DType = "float32"
+    remat: bool = False  # recompute each layer's activations in the backward pass
+
+
+@dataclass(frozen=True, config=_strict)
+class MeshConfig:
+    """Devices along each mesh axis. Rollouts are split over data * fsdp, parameters over fsdp and tensor."""
+
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+    @property
+    def batch_shards(self) -> int:
+        return self.data * self.fsdp
+
+    @property
+    def size(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+
+@dataclass(frozen=True, config=_strict)
+class RolloutConfig:
+    """A step samples `prompts` (P) * `per_prompt` (mean group size) = B rollouts of at most `max_tokens` (C) tokens."""
+
+    prompts: PositiveInt = 64
+    per_prompt: PositiveInt = 8
+    max_tokens: PositiveInt = 8
+    temperature: PositiveFloat = 1.0
+    top_k: NonNegativeInt = 0  # 0: off
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    min_p: Probability = 0.0
+    batch: PositiveInt | None = None  # rollouts decoded at once; null: all B
+
+    @property
+    def budget(self) -> int:
+        """B, rollouts a step."""
+        return self.prompts * self.per_prompt
+
+
+@dataclass(frozen=True, config=_strict)
+class AllocationConfig:
+    """How B rollouts are shared among P prompts, n_i in [low, high]. See `allocation/`."""
+
+    rule: Literal["uniform", "bernoulli", "neyman"] = "bernoulli"
+    low: PositiveInt = 2
+    high: PositiveInt = 24
+    prior: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)  # Beta prior of a prompt's success rate
+    half_life: PositiveFloat = 100.0  # steps after which an old success or failure counts half
+
+
+@dataclass(frozen=True, config=_strict)
+class ObjectiveConfig:
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    clip_high: NonNegativeFloat = 0.2
+    clip_ratio_c: Annotated[float, Field(gt=1.0)] | None = 10.0  # dual clip; null: off
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = "token-mean"  # fmt: skip
+
+
+@dataclass(frozen=True, config=_strict)
+class ModulationConfig:
+    """DynaMO's two factors on token advantages. See `objective/modulation.py`."""
+
+    enabled: bool = True
+    compensation: bool = True
+    stabilisation: bool = True
+    alpha: NonNegativeFloat = 0.2
+    lambda_min: Probability = 0.6
+    gamma: PositiveFloat = 50.0
+    tau: Probability = 0.9
+
+
+@dataclass(frozen=True, config=_strict)
+class OptimizerConfig:
+    """AdamW with linear warm-up to a constant rate."""
+
+    learning_rate: PositiveFloat = 5e-4
+    warmup_steps: NonNegativeInt = 0  # in optimizer updates
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, config=_strict)
+class TrainerConfig:
+    """`mini_batch` rollouts make one optimizer update; they are processed `micro_batch` at a time."""
+
+    steps: PositiveInt = 150
+    mini_batch: PositiveInt | None = None  # null: all B, one update a step
+    micro_batch: PositiveInt | None = None  # null: the whole mini-batch
+
+
+@dataclass(frozen=True, config=_strict)
+class EvalConfig:
+    every: NonNegativeInt = 25  # steps; 0: only before the first and after the last step
+    samples: PositiveInt = 8
+    k: tuple[PositiveInt, ...] = (1, 8)
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+@dataclass(frozen=True, config=_strict)
+class CheckpointConfig:
+    every: PositiveInt = 25  # steps
+    keep: PositiveInt = 2  # the newest ones kept, beside the best
+
+
+@dataclass(frozen=True, config=_strict)
+class LoggingConfig:
+    tensorboard: bool = True
+    wandb_project: str | None = None  # null: Weights & Biases is not used
+    rollouts_per_step: NonNegativeInt = 64  # samples saved under rollouts/
+    progress: bool = True
+
+
+@dataclass(frozen=True, config=_strict)
+class Config:
+    """The whole run. `resolved` writes it back as plain YAML types."""
+
+    run_dir: str
+    seed: NonNegativeInt = 0
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    task: TaskConfig = TaskConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    policy: PolicyConfig = PolicyConfig()
+    mesh: MeshConfig = MeshConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    allocation: AllocationConfig = AllocationConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    modulation: ModulationConfig = ModulationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def mini_batch(self) -> int:
+        """Rollouts in one optimizer update."""
+        return self.trainer.mini_batch or self.rollout.budget
+
+    @property
+    def micro_batch(self) -> int:
+        """Rollouts in one forward and backward pass."""
+        return self.trainer.micro_batch or self.mini_batch
+
+    @property
+    def rollout_batch(self) -> int:
+        """Rollouts decoded at once."""
+        return self.rollout.batch or self.rollout.budget

@@ -1,0 +1,46 @@
+"""Packaging of dynamo_jax: dependencies, extras and the console script."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dynamo_jax",
+    version="0.1.0",
+    description="Reinforcement learning with verifiable rewards for language models, in JAX (DynaMO, arXiv 2602.19208)",
+    license="Apache-2.0",
+    packages=find_packages(include=["dynamo_jax", "dynamo_jax.*"]),
+    python_requires=">=3.11,<3.14",  # tested on 3.11 to 3.13
+    install_requires=[
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "jax>=0.8",
+        "jinja2>=3.1",  # chat templates: transformers renders them with it but does not require it
+        "latex2sympy2_extended>=1.10",
+        "math-verify>=0.8",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "pyarrow>=17",
+        "pydantic>=2.9",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "sympy>=1.13",
+        "tensorboardX>=2.6.2",
+        "tqdm>=4.66",
+        "transformers>=4.55",
+    ],
+    extras_require={
+        "test": [
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pytest>=8.3",
+            "ruff>=0.9",
+            "torch==2.13.0",  # parity with transformers' models; one release, so that the reference does not move
+            "types-PyYAML>=6.0",
+        ],
+        "tpu": ["jax[tpu]>=0.8"],
+        "cuda": ["jax[cuda13]>=0.8"],
+        "wandb": ["wandb>=0.19"],
+    },
+    entry_points={"console_scripts": ["dynamo-jax = dynamo_jax.cli:main"]},
+)
