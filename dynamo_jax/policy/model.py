@@ -1,0 +1,266 @@
+"""The policy: a decoder of Qwen2's shape (Flax NNX) that returns final hidden states, never logits.
+
+Layers are stacked and scanned, so that compile time does not grow with depth. Logits are made where they are
+consumed, a few tokens at a time (`kernels.token_stats`), or for one position (`rollout.sampler`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from dynamo_jax.config import ArchitectureConfig
+from dynamo_jax.kernels.attention import attention
+from dynamo_jax.sharding import sharding
+
+# Parameter name -> logical axis of each dimension. Parameters of a block have a leading layer axis, never split.
+PARAM_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("vocab", "embed"),
+    "lm_head": ("vocab", "embed"),
+    "final_norm": (None,),
+    "attention_norm": (None, None),
+    "q": (None, "embed", "heads", None),
+    "k": (None, "embed", "kv_heads", None),
+    "v": (None, "embed", "kv_heads", None),
+    "q_bias": (None, "heads", None),
+    "k_bias": (None, "kv_heads", None),
+    "v_bias": (None, "kv_heads", None),
+    "o": (None, "heads", None, "embed"),
+    "mlp_norm": (None, None),
+    "gate": (None, "embed", "mlp"),
+    "up": (None, "embed", "mlp"),
+    "down": (None, "mlp", "embed"),
+}
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, [layers, B, S, K, H] each."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Everything static about a decoder. `shape` has its head_dim and vocab_size filled in."""
+
+    shape: ArchitectureConfig
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    remat: bool = False
+    mesh: Mesh | None = None
+
+
+def _param(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str) -> nnx.Param[jax.Array]:
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype))
+
+
+class Blocks(nnx.Module):
+    """All layers, stacked. Called on one layer's slice of the parameters, inside a scan."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        c, dtype = config.shape, config.param_dtype
+        layers, D, F = c.num_layers, c.hidden_size, c.intermediate_size
+        N, K, H = c.num_heads, c.num_kv_heads, _head_dim(c)
+        self.attention_norm = nnx.Param(jnp.ones((layers, D), dtype))
+        self.q = _param(rngs, (layers, D, N, H), D, dtype)
+        self.k = _param(rngs, (layers, D, K, H), D, dtype)
+        self.v = _param(rngs, (layers, D, K, H), D, dtype)
+        if c.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((layers, N, H), dtype))
+            self.k_bias = nnx.Param(jnp.zeros((layers, K, H), dtype))
+            self.v_bias = nnx.Param(jnp.zeros((layers, K, H), dtype))
+        self.o = _param(rngs, (layers, N, H, D), N * H, dtype)
+        self.mlp_norm = nnx.Param(jnp.ones((layers, D), dtype))
+        self.gate = _param(rngs, (layers, D, F), D, dtype)
+        self.up = _param(rngs, (layers, D, F), D, dtype)
+        self.down = _param(rngs, (layers, F, D), F, dtype)
+
+    def __call__(self, x_BQD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
+        """One pre-norm layer. `attend` maps (q, k, v) to (output, what the caller keeps of k and v)."""
+        c = self.config.shape
+        y = _rms_norm(x_BQD, self.attention_norm[...], c.rms_norm_eps)
+        q = self._dot("bqd,dnh->bqnh", y, self.q)
+        k = self._dot("bqd,dkh->bqkh", y, self.k)
+        v = self._dot("bqd,dkh->bqkh", y, self.v)
+        if c.qkv_bias:
+            q, k, v = (z + b[...].astype(z.dtype) for z, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
+        out, kept = attend(_rotate(q, *rope), _rotate(k, *rope), v)
+        x_BQD = x_BQD + self._dot("bqnh,nhd->bqd", out, self.o)
+        y = _rms_norm(x_BQD, self.mlp_norm[...], c.rms_norm_eps)
+        y = jax.nn.silu(self._dot("bqd,df->bqf", y, self.gate)) * self._dot("bqd,df->bqf", y, self.up)
+        return x_BQD + self._dot("bqf,fd->bqd", y, self.down), kept
+
+    def _dot(self, equation: str, x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
+        return jnp.einsum(equation, x, weight[...].astype(x.dtype), precision=_precision(self.config.compute_dtype))
+
+
+class Decoder(nnx.Module):
+    """Tokens -> final hidden states, in the compute dtype. `head()` is what turns them into logits."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
+        c = config.shape
+        if c.vocab_size is None:
+            raise ValueError("a decoder needs a vocab_size: give it, or take it from the tokenizer")
+        self.embedding = _param(rngs, (c.vocab_size, c.hidden_size), c.hidden_size, config.param_dtype)
+        self.blocks = Blocks(config, rngs)
+        self.final_norm = nnx.Param(jnp.ones((c.hidden_size,), config.param_dtype))
+        if not c.tie_word_embeddings:
+            self.lm_head = _param(rngs, (c.vocab_size, c.hidden_size), c.hidden_size, config.param_dtype)
+
+    def head(self) -> jax.Array:
+        """[V, D] in the parameter dtype; logits = hidden @ head.T."""
+        return (self.embedding if self.config.shape.tie_word_embeddings else self.lm_head)[...]
+
+    def logits(self, hidden_BD: jax.Array) -> jax.Array:
+        """float32 [B, V] of a few positions. For whole sequences use `kernels.token_stats`."""
+        head = self.head().astype(hidden_BD.dtype)
+        precision = _precision(self.config.compute_dtype)
+        return jnp.einsum("bd,vd->bv", hidden_BD, head, precision=precision, preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens_BS: jax.Array, valid_BS: jax.Array) -> jax.Array:
+        """Hidden states [B, S, D] of whole sequences, for training and scoring.
+
+        tokens_BS: int32. valid_BS: bool, real tokens: one run in each row, padding left and right of it. The hidden state
+        in slot s predicts the token in slot s + 1; those of padding slots mean nothing.
+        """
+        return self._whole(tokens_BS, valid_BS, keep=False)[0]
+
+    def prefill(self, tokens_BS: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, KVCache]:
+        """As `__call__`, and the keys and values of all S slots."""
+        hidden, kept = self._whole(tokens_BS, valid_BS, keep=True)
+        return hidden, KVCache(*kept)
+
+    def decode(
+        self, token_B: jax.Array, position_B: jax.Array, slot: jax.Array, valid_BS: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states [B, D] of one token a row, written to cache slot `slot`; `valid_BS` includes that slot."""
+        slot_Q = slot[None]
+
+        def attend(layer: jax.Array, cache: KVCache) -> Attend:
+            def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
+                # The whole cache is the loop's carry and is written in place; as scan outputs it would be copied.
+                new = KVCache(*(_write(old, x, layer, slot) for old, x in zip(cache, (k, v), strict=True)))
+                keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in new)
+                return attention(q, keys, values, slot_Q, valid_BS), new
+
+            return run
+
+        rope = self._rope(position_B[:, None])
+        graph, layers = nnx.split(self.blocks)
+
+        def body(carry: tuple[jax.Array, KVCache], layer: Any) -> tuple[tuple[jax.Array, KVCache], None]:
+            x, cache = carry
+            index, weights = layer
+            x, cache = nnx.merge(graph, weights)(x, rope, attend(index, cache))
+            return (self._constrain(x), cache), None
+
+        indices = jnp.arange(self.config.shape.num_layers)
+        (x_B1D, cache), _ = jax.lax.scan(body, (self._embed(token_B[:, None]), cache), (indices, layers))
+        return self._final(x_B1D)[:, 0], cache
+
+    def _whole(self, tokens_BS: jax.Array, valid_BS: jax.Array, keep: bool) -> tuple[jax.Array, Any]:
+        slot_S = jnp.arange(tokens_BS.shape[1])
+        # A token's position is its rank among the real tokens of its row, wherever the padding is.
+        rope = self._rope(jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0))
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            return attention(q, k, v, slot_S, valid_BS), (k, v) if keep else None
+
+        graph, layers = nnx.split(self.blocks)
+
+        def body(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
+            x, kept = nnx.merge(graph, weights)(x, rope, attend)
+            return self._constrain(x), kept
+
+        if self.config.remat:
+            body = jax.checkpoint(body)
+        x_BSD, kept = jax.lax.scan(body, self._embed(tokens_BS), layers)
+        return self._final(x_BSD), kept
+
+    def _embed(self, tokens_BQ: jax.Array) -> jax.Array:
+        table = self.embedding[...].astype(self.config.compute_dtype)
+        if self.config.mesh is not None:  # gathered over fsdp first: a row look-up in a table split by columns copies more
+            table = jax.lax.with_sharding_constraint(table, sharding(self.config.mesh, "vocab"))
+        return self._constrain(table[tokens_BQ])
+
+    def _final(self, x_BQD: jax.Array) -> jax.Array:
+        return _rms_norm(x_BQD, self.final_norm[...], self.config.shape.rms_norm_eps)
+
+    def _rope(self, position_BQ: jax.Array) -> tuple[jax.Array, jax.Array]:
+        half = _head_dim(self.config.shape) // 2
+        frequency = self.config.shape.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angle = position_BQ[..., None].astype(jnp.float32) * frequency  # radians
+        return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+
+    def _constrain(self, x: jax.Array) -> jax.Array:
+        if self.config.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, sharding(self.config.mesh, "batch"))
+
+
+def _head_dim(c: ArchitectureConfig) -> int:
+    return c.head_dim or c.hidden_size // c.num_heads
+
+
+def _precision(compute_dtype: str) -> jax.lax.Precision | None:
+    # A TPU multiplies float32 matrices in bfloat16 unless told otherwise; who asks for float32 means it.
+    return jax.lax.Precision.HIGHEST if compute_dtype == "float32" else None
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * weight, in float32, returned in the dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rotate(x_BQNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864) in the half-split layout of the Hugging Face models."""
+    a, b = jnp.split(x_BQNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BQNH.dtype)
+
+
+def _write(cache: jax.Array, x_B1KH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
+    start = (layer, jnp.zeros_like(slot), slot, jnp.zeros_like(slot), jnp.zeros_like(slot))
+    return jax.lax.dynamic_update_slice(cache, x_B1KH[None].astype(cache.dtype), start)
+
+
+def abstract_policy(config: DecoderConfig) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """The graph definition, and the parameters as `ShapeDtypeStruct`s with their shardings. Allocates nothing."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))), nnx.Param)[:2]
+    if config.mesh is None:
+        return graph, shapes
+    return graph, jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, config.mesh)
+    )
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """The sharding of each parameter, or of each optimizer moment of one, from `PARAM_AXES`. Scalars are not split."""
+
+    def look_up(path: tuple[Any, ...], x: Any) -> NamedSharding:
+        names = [getattr(key, "key", None) for key in path]
+        return sharding(mesh, *next(PARAM_AXES[n] for n in names if n in PARAM_AXES)) if x.ndim else sharding(mesh)
+
+    return jax.tree_util.tree_map_with_path(look_up, params)
+
+
+def init_policy(config: DecoderConfig, key: jax.Array) -> nnx.State:
+    """Random parameters, made on the mesh in their shards: normal with variance 1 / fan-in, norms 1, biases 0."""
+
+    def init(key: jax.Array) -> nnx.State:
+        return nnx.state(Decoder(config, nnx.Rngs(params=key)), nnx.Param)
+
+    where = None if config.mesh is None else param_shardings(abstract_policy(config)[1], config.mesh)
+    return jax.jit(init, out_shardings=where)(key)
