@@ -51,3 +51,19 @@ class TrainBatch(NamedTuple):
     tokens_MC: jax.Array  # int32, right-padded
     length_M: jax.Array  # int32
     advantage_M: jax.Array  # float32, group-relative
+    sampled_logp_MC: jax.Array  # float32, nats, as the sampler saw them
+
+
+def train_batch(
+    prompts: PromptBatch, prompt_of_B: np.ndarray, rollouts: Rollouts, advantage_B: np.ndarray, rows_M: np.ndarray
+) -> TrainBatch:
+    """Rows `rows_M` of a step's rollouts, with their prompts: host arrays. All is read through `prompt_of_B`."""
+    slot_M = prompt_of_B[rows_M]
+    return TrainBatch(
+        prompts.tokens_PL[slot_M],
+        prompts.length_P[slot_M],
+        rollouts.tokens_BC[rows_M],
+        rollouts.length_B[rows_M],
+        advantage_B[rows_M],
+        rollouts.logp_BC[rows_M],
+    )

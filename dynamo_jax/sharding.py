@@ -89,3 +89,8 @@ def to_host(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def agreed(flag: int) -> int:
+    """The largest `flag` of all processes: what one was told, all know. Every process must call it."""
+    return flag if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(flag))))

@@ -131,8 +131,8 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BS: jax.Array, valid_BS: jax.Array) -> jax.Array:
         """Hidden states [B, S, D] of whole sequences, for training and scoring.
 
-        tokens_BS: int32. valid_BS: bool, real tokens: one run in each row, padding left and right of it. The hidden state
-        in slot s predicts the token in slot s + 1; those of padding slots mean nothing.
+        tokens_BS: int32. valid_BS: bool, real tokens: one run in each row, padding left and right of it. The hidden
+        state in slot s predicts the token in slot s + 1; those of padding slots mean nothing.
         """
         return self._whole(tokens_BS, valid_BS, keep=False)[0]
 
@@ -190,7 +190,8 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens_BQ: jax.Array) -> jax.Array:
         table = self.embedding[...].astype(self.config.compute_dtype)
-        if self.config.mesh is not None:  # gathered over fsdp first: a row look-up in a table split by columns copies more
+        if self.config.mesh is not None:
+            # Gathered over fsdp first: a row look-up in a table split by columns copies more.
             table = jax.lax.with_sharding_constraint(table, sharding(self.config.mesh, "vocab"))
         return self._constrain(table[tokens_BQ])
 

@@ -1,0 +1,104 @@
+"""The command line: `dynamo-jax train | eval | export | report`.
+
+Whatever a user can mend ends with one paragraph on stderr and exit status 2; `--traceback` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynamo_jax.config import load_config
+
+# jax, orbax and transformers take seconds to import: each command imports what it needs once its config is known good.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 2 for an error, 128 + n after signal n."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except (ValueError, OSError) as error:
+        if arguments.traceback:
+            raise
+        sys.stderr.write(f"dynamo-jax: error: {error}\n")
+        return 2
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from dynamo_jax.trainer import Interrupted, train
+
+    try:
+        train(config)
+    except Interrupted as stop:
+        sys.stderr.write(f"dynamo-jax: {stop}\n")
+        return 128 + stop.signal
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from dynamo_jax.commands import eval_command
+
+    eval_command(config, arguments.checkpoint, arguments.benchmark, arguments.samples, arguments.k, arguments.json)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from dynamo_jax.commands import export_command
+
+    export_command(config, arguments.checkpoint, arguments.out)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dynamo_jax.report import write_report
+
+    write_report(arguments.runs, arguments.out)
+    sys.stdout.write(f"{arguments.out}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dynamo-jax", description="Reinforcement learning with verifiable rewards.")
+    parser.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    def with_config(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", type=Path, help="a YAML file, such as configs/arithmetic_cpu.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+        command.set_defaults(run=run)
+        return command
+
+    with_config("train", _train, "Train; goes on by itself if the run folder has a checkpoint.")
+
+    command = with_config("eval", _eval, "Pass@1 and Pass@k with 95% intervals.")
+    command.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoints")
+    command.add_argument("--benchmark", nargs="+", default=[], metavar="FILE", help="JSONL or Parquet; default: task.eval")
+    command.add_argument("--samples", type=_positive, default=32, help="samples of each problem (default 32)")
+    command.add_argument("--k", type=_positive, nargs="+", default=[1, 8, 32], help="Pass@k to report (default 1 8 32)")
+    command.add_argument("--json", type=Path, help="write the results to this file, too")
+
+    command = with_config("export", _export, "Write a folder that transformers and vLLM load.")
+    command.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoints")
+    command.add_argument("--out", type=Path, required=True, help="the folder to make")
+
+    text = "Curves and tables of runs, side by side, in one HTML file."
+    command = commands.add_parser("report", help=text, description=text)
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    command.set_defaults(run=_report)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value

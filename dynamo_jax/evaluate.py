@@ -1,0 +1,111 @@
+"""Evaluation: Pass@1, unbiased Pass@k, and how sure they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dynamo_jax.batch import Rollouts
+from dynamo_jax.rollout.sampler import Sampler
+from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
+from dynamo_jax.tasks.task import Grader
+from dynamo_jax.tasks.tokenizer import Tokenizer
+
+RESAMPLES = 1000
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k samples is right, from c right ones of n.
+
+    1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1), as a product, which neither overflows nor cancels.
+    Raises `ValueError` unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}: draw more samples")
+    if n - c < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The graded samples of one benchmark: `samples` for each problem, rows in the order of its problems."""
+
+    name: str
+    ids: tuple[str, ...]
+    samples: int
+    correct: np.ndarray  # bool [problems, samples]
+    length: np.ndarray  # int32 [problems, samples], tokens
+    truncated: np.ndarray  # bool [problems, samples]
+
+    def pass_at(self, k: int) -> tuple[float, float, float]:
+        """Pass@k and its 95% interval: the mean over problems, resampled 1000 times with a fixed seed (bootstrap)."""
+        scores = np.array([pass_at_k(self.samples, int(c), k) for c in self.correct.sum(axis=1)])
+        draws = np.random.default_rng(0).integers(len(scores), size=(RESAMPLES, len(scores)))
+        low, high = np.quantile(scores[draws].mean(axis=1), [0.025, 0.975])
+        return float(scores.mean()), float(low), float(high)
+
+    def metrics(self, ks: Sequence[int]) -> dict[str, float]:
+        """`eval/<name>/pass@k` with `_low` and `_high`, mean length in tokens, truncated fraction."""
+        out = {}
+        for k in ks:
+            value, low, high = self.pass_at(k)
+            out |= {f"pass@{k}": value, f"pass@{k}_low": low, f"pass@{k}_high": high}
+        out |= {"length_mean": float(self.length.mean()), "truncated_fraction": float(self.truncated.mean())}
+        return {f"eval/{self.name}/{key}": value for key, value in out.items()}
+
+
+def evaluate(
+    sampler: Sampler,
+    params: Any,
+    prompts: PromptSet,
+    samples: int,
+    key: jax.Array,
+    tokenizer: Tokenizer,
+    verifier: Grader,
+    max_prompt_tokens: int,
+) -> Evaluation:
+    """Sample every problem `samples` times and grade. The same parameters and key give the same evaluation."""
+    batch = pad_prompts(prompts.prompts, max_prompt_tokens, tokenizer.pad_id)
+    prompt_of_B = np.repeat(np.arange(len(prompts)), samples)
+    rollouts = sampler.sample(params, batch, prompt_of_B, key)
+    pairs = list(zip(decode_rollouts(rollouts, tokenizer), (batch.answers[p] for p in prompt_of_B), strict=True))
+    shape = (len(prompts), samples)
+    return Evaluation(
+        name=prompts.name,
+        ids=batch.ids,
+        samples=samples,
+        correct=np.array(verifier.grade_batch(pairs), bool).reshape(shape),
+        length=np.asarray(rollouts.length_B).reshape(shape),
+        truncated=~np.asarray(rollouts.ended_B).reshape(shape),
+    )
+
+
+def decode_rollouts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
+    """The text of each rollout, without its end-of-sequence token and padding."""
+    stop = set(tokenizer.stop_ids)
+    texts = []
+    for ids, length, ended in zip(rollouts.tokens_BC, rollouts.length_B, rollouts.ended_B, strict=True):
+        end = int(length) - 1 if ended and int(ids[length - 1]) in stop else int(length)
+        texts.append(tokenizer.decode([int(i) for i in ids[:end]]))
+    return texts
+
+
+def table(evaluations: Sequence[Evaluation], ks: Sequence[int]) -> str:
+    """A Markdown table, in percent: a row for each benchmark and their mean last."""
+    head = ["benchmark", "problems", "samples", *(f"Pass@{k}" for k in ks), "mean tokens", "truncated"]
+    rows = []
+    for e in evaluations:
+        scores = ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in e.pass_at(k))) for k in ks]
+        sizes = [str(len(e.ids)), str(e.samples)]
+        rows.append([e.name, *sizes, *scores, f"{e.length.mean():.0f}", f"{100 * e.truncated.mean():.1f}%"])
+    if len(evaluations) > 1:
+        means = [f"{100 * np.mean([e.pass_at(k)[0] for e in evaluations]):.1f}" for k in ks]
+        rows.append(["mean", "", "", *means, "", ""])
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    return "\n".join(f"| {line} |" for line in [lines[0], " | ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,225 @@
+"""Are two formulas equal? Parsed by latex2sympy2_extended, compared at random points with 300 digits.
+
+Runs only inside a killable worker (`verifier_worker.py`): the parser has no time bound. Two formulas are equal where
+they agree to 80 digits at every one of several random points; analytic expressions that do so and yet differ are not
+found by chance. This never simplifies, solves or expands, whose time nothing bounds. The values are computed by
+`_Evaluator`, node by node, with bounds on every argument; no text is evaluated as code.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import mpmath  # type: ignore[import-untyped]
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
+
+MAX_NODES = 600  # of a parsed formula
+MAX_CHARS = 1500  # of a formula: the parser takes about a millisecond a character on bad ones
+MAX_DEPTH, MAX_POWERS = 30, 60  # of brackets, of `^`: the parser's time is not linear in them
+DIGITS = 300  # of the arithmetic
+AGREEMENT = mpmath.mpf(10) ** -80  # relative; the values themselves are below MAX_SIZE
+MAX_SIZE = mpmath.mpf(10) ** 150  # of an intermediate value, so that 150 digits survive cancellation
+POINTS = 4
+_CONVERSION = ConversionConfig(lowercase_symbols=False)
+_NORMALISATION = NormalizationConfig(
+    basic_latex=False, units=False, malformed_operators=False, nits=False, boxed="none", equations=False
+)
+_BARE_LOG = re.compile(r"\\log(?![a-zA-Z])(?!\s*_)")
+_STEPS = (sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial)
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    sympy.exp: mpmath.exp, sympy.sin: mpmath.sin, sympy.cos: mpmath.cos, sympy.tan: mpmath.tan,
+    sympy.cot: mpmath.cot, sympy.sec: mpmath.sec, sympy.csc: mpmath.csc, sympy.asin: mpmath.asin,
+    sympy.acos: mpmath.acos, sympy.atan: mpmath.atan, sympy.acot: mpmath.acot, sympy.asec: mpmath.asec,
+    sympy.acsc: mpmath.acsc, sympy.sinh: mpmath.sinh, sympy.cosh: mpmath.cosh, sympy.tanh: mpmath.tanh,
+    sympy.coth: mpmath.coth, sympy.asinh: mpmath.asinh, sympy.acosh: mpmath.acosh, sympy.atanh: mpmath.atanh,
+    sympy.floor: mpmath.floor, sympy.ceiling: mpmath.ceil, sympy.Abs: abs, sympy.factorial: mpmath.factorial,
+    sympy.gamma: mpmath.gamma, sympy.binomial: mpmath.binomial, sympy.re: mpmath.re, sympy.im: mpmath.im,
+    sympy.conjugate: mpmath.conj, sympy.arg: mpmath.arg, sympy.Max: max, sympy.Min: min, sympy.sign: mpmath.sign,
+    sympy.Mod: mpmath.fmod,
+}  # fmt: skip
+
+
+class NoValueError(ValueError):
+    """A formula that has no value at a point, or none within the bounds."""
+
+
+class Symbolic:
+    """The `Algebra` of `answers.compare`. Raises whatever the parser raises."""
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """Do two expressions have the same value wherever both have one?"""
+        # `\\log` without a base is the natural one for some authors and base 10 for others; both sides mean the same.
+        bases = ("\\ln ", "\\log_{10} ") if _BARE_LOG.search(gold + " " + answer) else ("\\ln ",)
+        return any(self._equal(_parse(gold, base), _parse(answer, base)) for base in bases)
+
+    @staticmethod
+    def _equal(left: Any, right: Any) -> bool:
+        agreed = 0
+        for point in _points(left, right):
+            try:
+                a, b = point.value(left), point.value(right)
+            except NoValueError:
+                continue
+            if point.negative and not (_is_real(a) and _is_real(b)):
+                continue  # ln(ab) and ln a + ln b differ by the branch only
+            if not _close(a, b):
+                return False
+            agreed += 1
+        return agreed >= 2
+
+    def same_equation(self, gold: tuple[str, str], answer: tuple[str, str]) -> bool:
+        """Are the differences of their two sides proportional?"""
+        left, right = (sympy.Add(_parse(a), -_parse(b), evaluate=False) for a, b in (gold, answer))
+        ratio = None
+        agreed = 0
+        for point in _points(left, right):
+            try:
+                a, b = point.value(left), point.value(right)
+            except NoValueError:
+                continue
+            if a == 0 or b == 0:
+                return False
+            if ratio is not None and not _close(a / b, ratio):
+                return False
+            ratio = a / b
+            agreed += 1
+        return agreed >= 3
+
+
+def warm_up() -> None:
+    """Build the parser's tables; the first formula takes a tenth of a second longer."""
+    Symbolic().equal(r"\frac{\sqrt{2}}{2} + \sin x", r"\sin x + \frac{1}{\sqrt{2}}")
+
+
+@lru_cache(maxsize=512)
+def _parse(text: str, log: str = "\\ln ") -> Any:
+    """The unevaluated sympy expression of a normalised formula, `log` in place of `\\log` without a base."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[(\[{}\])]", text):
+        depth += 1 if bracket in "([{" else -1
+        deepest = max(deepest, depth)
+    if len(text) > MAX_CHARS or deepest > MAX_DEPTH or text.count("^") > MAX_POWERS:
+        raise NoValueError("too long or too deep a formula")
+    if re.search(r"\\(?:bmod|gcd|lcm|Leftrightarrow)(?![a-zA-Z])", text):
+        raise NoValueError("the parser misreads this command")
+    text = re.sub(r"(\d\.?)[eE]([+-]?\d+)", r"\1 \\cdot 10^{\2}", text)
+    text = re.sub(r"(\d*)\.(\d+)", lambda m: f"\\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
+    text = re.sub(r"(\d)\.(?!\d)", r"\1", text)
+    text = _BARE_LOG.sub(lambda _: log, text)
+    text = re.sub(r"\\exp\s*(?=\{)", "e^", text)
+    # Symbols that the parser takes for something else: Euler's constant, the exponent of a number, nothing at all.
+    text = re.sub(r"\\gamma(?![a-zA-Z])", r"\\varrho ", text)
+    text = re.sub(r"\\[a-zA-Z]+|E", lambda m: "\\varpi " if m[0] == "E" else m[0], text)
+    text = re.sub(r"'+", lambda m: "^{" + "\\prime" * len(m[0]) + "}", text)
+    parsed = latex2sympy(text, conversion_config=_CONVERSION, normalization_config=_NORMALISATION)
+    if not isinstance(parsed, sympy.Expr):
+        raise NoValueError("not a single expression")
+    count = sum(1 for _ in zip(sympy.preorder_traversal(parsed), range(MAX_NODES + 1), strict=False))
+    if count > MAX_NODES:
+        raise NoValueError("too large a formula")
+    return parsed
+
+
+def _points(*expressions: Any) -> Iterator[_Evaluator]:
+    """Random points, the same ones each time: positive ones, then mixed signs; whole numbers where there are steps."""
+    rng = random.Random(2602)  # noqa: S311
+    stepped = any(e.has(*_STEPS) for e in expressions)
+    for index in range(3 * POINTS if stepped else 2 * POINTS):
+        yield _Evaluator(rng, whole=stepped, negative=not stepped and index >= POINTS)
+
+
+class _Evaluator:
+    """The values of formulas at one random point."""
+
+    def __init__(self, rng: random.Random, whole: bool, negative: bool) -> None:
+        self.rng, self.whole, self.negative = rng, whole, negative
+        self.symbols: dict[str, Any] = {}
+
+    def value(self, expression: Any) -> Any:
+        with mpmath.workdps(DIGITS):
+            return self._value(expression)
+
+    def _value(self, node: Any) -> Any:
+        if isinstance(node, sympy.Rational):
+            result = mpmath.mpf(int(node.p)) / int(node.q)
+        elif isinstance(node, sympy.Float):
+            result = mpmath.mpf(str(node))
+        elif node is sympy.pi:
+            result = +mpmath.pi
+        elif node is sympy.E:
+            result = +mpmath.e
+        elif node is sympy.I or (isinstance(node, sympy.Symbol) and node.name == "i"):
+            result = mpmath.mpc(0, 1)
+        elif isinstance(node, sympy.Symbol | sympy.core.function.AppliedUndef | sympy.Derivative):
+            result = self._symbol(str(node))
+        elif node.func in (sympy.Add, sympy.Mul):
+            values = [self._value(a) for a in node.args]
+            result = mpmath.fsum(values) if node.func is sympy.Add else mpmath.fprod(values)
+        elif node.func is sympy.Pow:
+            result = self._power(*node.args)
+        elif node.func is sympy.log:
+            values = [self._value(a) for a in node.args]
+            if any(v == 0 for v in values) or (len(values) == 2 and values[1] == 1):
+                raise NoValueError("logarithm of zero")
+            result = mpmath.log(values[0]) / (mpmath.log(values[1]) if len(values) == 2 else 1)
+        elif isinstance(node, sympy.UnevaluatedExpr):
+            result = self._value(node.args[0])
+        elif node.func in _FUNCTIONS:
+            result = self._function(node)
+        else:
+            raise NoValueError(f"no value for {node.func}")
+        if not mpmath.isfinite(result) or abs(result) > MAX_SIZE:
+            raise NoValueError("beyond the bounds")
+        return result
+
+    def _symbol(self, name: str) -> Any:
+        if name not in self.symbols:
+            if self.whole:
+                drawn = mpmath.mpf(self.rng.randint(4, 25))
+            else:
+                drawn = mpmath.mpf(self.rng.randint(10**20, 4 * 10**20)) / 10**20
+                drawn = drawn / 3 if self.rng.random() < 0.5 else drawn
+                if self.negative and self.rng.random() < 0.6:
+                    drawn = -drawn
+            self.symbols[name] = drawn
+        return self.symbols[name]
+
+    def _power(self, base_node: Any, exponent_node: Any) -> Any:
+        base, exponent = self._value(base_node), self._value(exponent_node)
+        if base == 0:
+            if mpmath.re(exponent) <= 0:
+                raise NoValueError("a power of zero")
+            return mpmath.mpf(0)
+        if abs(exponent) * (abs(mpmath.log(abs(base))) + 4) > 2000:
+            raise NoValueError("too large a power")
+        return mpmath.power(base, exponent)
+
+    def _function(self, node: Any) -> Any:
+        values = [self._value(a) for a in node.args]
+        # mpmath's time grows with the size of these arguments: 500 digits at most, 10,000 as a factorial
+        limit = 10_000 if node.func in (sympy.factorial, sympy.binomial, sympy.gamma) else 500 if node.func in (
+            sympy.exp, sympy.sinh, sympy.cosh) else MAX_SIZE  # fmt: skip
+        if any(abs(v) > limit for v in values):
+            raise NoValueError("too large an argument")
+        if node.func in (sympy.floor, sympy.ceiling, sympy.Max, sympy.Min, sympy.Mod) and not all(
+            map(_is_real, values)
+        ):
+            raise NoValueError("not real")
+        try:
+            return _FUNCTIONS[node.func](*values)
+        except (ValueError, ZeroDivisionError) as error:  # a pole
+            raise NoValueError(str(error)) from error
+
+
+def _is_real(value: Any) -> bool:
+    return bool(abs(mpmath.im(value)) <= AGREEMENT * (1 + abs(value)))
+
+
+def _close(a: Any, b: Any) -> bool:
+    with mpmath.workdps(DIGITS):
+        return bool(abs(a - b) <= AGREEMENT * max(abs(a), abs(b)) or a == b or max(abs(a), abs(b)) < AGREEMENT)

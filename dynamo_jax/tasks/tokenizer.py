@@ -1,0 +1,162 @@
+"""Text to token ids and back: the interface that the package uses, and the tokenizers of Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer; the built-in task brings its own, `load_tokenizer` wraps the real ones."""
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-sequence token."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion, `eos_id` first, without repetition."""
+
+    @property
+    def pad_id(self) -> int:
+        """Fills unused positions. It may equal `eos_id`, so lengths are carried explicitly, never read off padding."""
+
+    @property
+    def size(self) -> int:
+        """The largest id + 1. The policy's vocabulary is at least this large."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; no begin- or end-of-sequence token is added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """Messages `{role, content}` as one text that ends where the assistant's answer begins.
+
+        Raises ValueError if the tokenizer has no chat template or its template refuses the messages.
+        """
+
+
+class HFTokenizer:
+    """A `transformers` tokenizer as a `Tokenizer`. Made by `load_tokenizer`."""
+
+    def __init__(self, folder: Path, inner: Any) -> None:
+        self._folder = folder
+        self._inner = inner
+        if inner.eos_token_id is None:
+            raise ValueError(
+                f"{folder}: the tokenizer has no end-of-sequence token, so a completion could not end. "
+                'Set "eos_token" in its tokenizer_config.json.'
+            )
+        self.eos_id = int(inner.eos_token_id)
+        self.pad_id = self.eos_id if inner.pad_token_id is None else int(inner.pad_token_id)
+        self.size = max(inner.get_vocab().values()) + 1
+        stops = [self.eos_id, *_generation_eos(folder), *self._end_of_turn()]
+        self.stop_ids = tuple(dict.fromkeys(stops))
+
+    def encode(self, text: str) -> list[int]:
+        # A rendered chat already holds whatever special tokens its template wants.
+        return [int(i) for i in self._inner.encode(text, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # Ids between the tokenizer's size and the policy's padded vocabulary decode to nothing. The clean-up would
+        # turn "a , b" into "a, b": a graded text must be the text that was sampled.
+        plain = [int(i) for i in ids]
+        return str(self._inner.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def render_chat(self, messages: list[dict[str, str]]) -> str:
+        import jinja2
+
+        if not self._inner.chat_template:
+            raise ValueError(
+                f"{self._folder}: the tokenizer has no chat template. Set task.chat_template=false, or use the "
+                "tokenizer of a chat model."
+            )
+        try:
+            return str(self._apply_template(messages, add_generation_prompt=True))
+        except (jinja2.TemplateError, ValueError) as error:
+            raise ValueError(
+                f"{self._folder}: the tokenizer's chat template refuses the messages with roles "
+                f"{[m['role'] for m in messages]}: {_one_line(error)}. Change the messages, or leave out "
+                "task.system_prompt if the template takes no system message."
+            ) from None
+
+    def _apply_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> Any:
+        return self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def _end_of_turn(self) -> list[int]:
+        """The special token that the chat template writes right after an assistant's message: [id], or [] if none.
+
+        A chat model ends its answers with it, and it often differs from the tokenizer's end-of-sequence token (in
+        Qwen2.5-Math <|im_end|> and <|endoftext|>, of which generation_config.json lists only the latter).
+        """
+        import jinja2
+
+        if not self._inner.chat_template:
+            return []
+        answer = "dynamo-jax-answer"
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self._apply_template(messages, add_generation_prompt=False)
+        except (jinja2.TemplateError, ValueError):
+            return []  # a template that takes no assistant message says nothing about how one ends
+        inner = self._inner
+        special = {i for i, token in inner.added_tokens_decoder.items() if token.special} | set(inner.all_special_ids)
+        for token in self.encode(text.rpartition(answer)[2]):
+            if token in special:
+                return [token]
+            if self._inner.decode([token]).strip():
+                return []
+        return []
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a local Hugging Face folder; the network is never asked, code in the folder never run.
+
+    Raises ValueError, with the folder and the remedy, if the folder is missing, holds no (or an incomplete) tokenizer,
+    or the tokenizer has no end-of-sequence token.
+    """
+    folder = Path(folder)
+    remedy = "Point task.tokenizer at a folder with a model's tokenizer files (tokenizer_config.json and tokenizer.json"
+    remedy += ", or vocab.json and merges.txt)."
+    if not folder.is_dir():
+        # Without this check transformers would take the path for the name of a repository to download.
+        what = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise ValueError(f"{folder}: {what}. {remedy}")
+    import transformers  # here because it takes seconds
+
+    try:
+        inner = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # The Rust tokenizers raise Exception itself on a broken file; any other type not listed here is our bug.
+        file_errors = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+        if type(error) is not Exception and not isinstance(error, file_errors):
+            raise
+        raise ValueError(f"{folder}: holds no readable tokenizer: {_one_line(error)}. {remedy}") from error
+    # From a config without a vocabulary transformers makes a tokenizer that encodes every text to nothing.
+    if not inner.encode("1 + 2 = 3", add_special_tokens=False):
+        raise ValueError(f"{folder}: holds a tokenizer without a vocabulary. {remedy}")
+    return HFTokenizer(folder, inner)
+
+
+def _generation_eos(folder: Path) -> list[int]:
+    """`eos_token_id` of the folder's generation_config.json as a list; [] without the file or the key."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return []
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}. Copy it again from the model, or delete it.") from None
+    eos = tree.get("eos_token_id") if isinstance(tree, dict) else tree
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"{path}: eos_token_id = {eos!r} is neither an id nor a list of ids. Correct it.")
+    return ids
+
+
+def _one_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(". ")

@@ -1,0 +1,87 @@
+"""The process that compares what only algebra can: `python -m dynamo_jax.tasks.verifier_worker TIMEOUT MEMORY_MB`.
+
+Reads requests from standard input and writes replies to standard output, each a four-byte big-endian length and JSON.
+A request is `[gold, answer]`, its reply `{"same": bool}` or `{"error": kind}`; `{"ready": true}` comes before all.
+Ends at end of file, so it outlives a killed parent by one answer at most. Never imports jax.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import struct
+import sys
+from typing import IO, Any
+
+from dynamo_jax.tasks.answers import compare
+
+HEADER = struct.Struct(">I")
+MAX_MESSAGE = 1 << 20  # bytes; answers and golds are a few thousand characters
+
+
+def write_message(stream: IO[bytes], message: Any) -> None:
+    body = json.dumps(message).encode()
+    stream.write(HEADER.pack(len(body)) + body)
+    stream.flush()
+
+
+def read_message(stream: IO[bytes]) -> Any:
+    """The next message, None at the end of the stream."""
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    (size,) = HEADER.unpack(header)
+    if size > MAX_MESSAGE:
+        return None
+    body = stream.read(size)
+    return json.loads(body) if len(body) == size else None
+
+
+def _limit_memory(megabytes: float) -> None:
+    """Allow `megabytes` of address space beyond what the process has once everything is imported."""
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
+    limit = pages * resource.getpagesize() + int(megabytes * 2**20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _limit_cpu(seconds: float) -> None:
+    """Kill this process once it has used `seconds` more CPU seconds, rounded up to the kernel's whole seconds."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    soft = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def main() -> None:
+    timeout, memory_mb = float(sys.argv[1]), float(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    # Whatever a library prints must not land among the replies, nor may it wait for input.
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)
+
+    from dynamo_jax.tasks.symbolic import Symbolic, warm_up  # after the pipes are safe: importing may print
+
+    algebra = Symbolic()
+    warm_up()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_memory(memory_mb)
+    write_message(replies, {"ready": True})
+    os.dup2(nowhere, 2)  # up to here standard error tells the parent why a start failed
+
+    while (request := read_message(requests)) is not None:
+        gold, answer = request
+        _limit_cpu(timeout)
+        try:
+            reply: dict[str, Any] = {"same": compare(gold, answer, algebra) is True}
+        except Exception as error:  # whatever a parser raises on hostile text; the parent counts it
+            reply = {"error": type(error).__name__}
+        write_message(replies, reply)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The loop. `Trainer.step` is one training step, readable from top to bottom; all else is starting and stopping."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dynamo_jax.allocation.programs import AllocationPrograms
+from dynamo_jax.allocation.stats import PromptStats
+from dynamo_jax.batch import PromptBatch, Rollouts, train_batch
+from dynamo_jax.checkpoint import Checkpointer
+from dynamo_jax.config import Config, resolved
+from dynamo_jax.evaluate import decode_rollouts, evaluate
+from dynamo_jax.metrics import MetricsLog, ProgressBar, setup_logging
+from dynamo_jax.objective import group_advantage
+from dynamo_jax.policy.build import decoder_config
+from dynamo_jax.policy.hf import load_hf
+from dynamo_jax.policy.model import abstract_policy, init_policy, param_shardings
+from dynamo_jax.report import write_report
+from dynamo_jax.rollout.build import make_samplers
+from dynamo_jax.run_folder import RunFolder, write_atomic
+from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh
+from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
+from dynamo_jax.tasks.prompts import PromptIterator
+from dynamo_jax.tasks.task import Task, build_task
+from dynamo_jax.update import Programs, TrainState
+from dynamo_jax.warmup import warm_up
+
+log = logging.getLogger("dynamo_jax")
+
+# Streams of random numbers: a step's are fold_in(fold_in(root, step), stream).
+SAMPLE, EVALUATE, PERMUTE, INIT = range(4)
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop. What could be saved is saved."""
+
+    def __init__(self, number: int, saved: str) -> None:
+        self.signal = number
+        super().__init__(f"stopped by {signal.Signals(number).name}; {saved}")
+
+
+def train(config: Config) -> None:
+    """Train from the start, or from the run folder's newest checkpoint, to `trainer.steps`, and write the report.
+
+    Raises `ValueError` for whatever a user can mend, `Interrupted` after SIGTERM or SIGINT.
+    """
+    start_devices(config.device, config.mesh)
+    setup_logging(jax.process_index())
+    mesh = make_mesh(config.mesh)
+    task = build_task(config)
+    with ExitStack() as stack:
+        stack.callback(task.verifier.close)
+        trainer = Trainer(config, task, mesh)
+        if jax.process_index() == 0:  # only this process writes
+            folder = stack.enter_context(RunFolder(config.run_dir))
+            folder.check_or_write_config(config)
+        trainer.run()
+        if jax.process_index() == 0:
+            write_report([folder.path], folder.path / "report.html")
+            log.info("The run is complete. See %s", folder.path / "report.html")
+
+
+class Trainer:
+    """All that lives as long as the run. `state`, `stats`, `data` and `best` are what a checkpoint holds."""
+
+    state: TrainState
+    stats: PromptStats
+    best: float | None = None
+
+    def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
+        c = self.config = config
+        self.task, self.mesh = task, mesh
+        self.run_dir = Path(c.run_dir)
+        self.root = jax.random.key(c.seed)
+        self.decoder = decoder_config(c, task.tokenizer.size, mesh)
+        graph, abstract_params = abstract_policy(self.decoder)
+        self.programs = Programs(graph, abstract_params, c, mesh)
+        self.allocation = AllocationPrograms(c.allocation, len(task.train), c.rollout.budget, mesh)
+        self.sampler, self.eval_sampler = make_samplers(graph, c, task.tokenizer, mesh)
+        self.advantage = jax.jit(partial(group_advantage, num_prompts=c.rollout.prompts, kind=c.objective.advantage))
+        self.data = PromptIterator(
+            task.train,
+            batch=c.rollout.prompts,
+            seed=c.seed,
+            max_prompt_tokens=c.task.max_prompt_tokens,
+            pad_id=task.tokenizer.pad_id,
+        )
+        self._stop_signal = 0
+        self._seconds: dict[str, float] = {}
+
+    def step(self, step: int) -> dict[str, Any]:
+        """P prompts, B rollouts, their rewards, one or more updates. Returns the step's metrics."""
+        c = self.config
+        prompts = next(self.data)
+        counts_P, prompt_of_B, success_P = to_host(self.allocation.allocate(self.stats, prompts.index_P, step))
+
+        with self._phase("sample"):
+            rollouts = self.sampler.sample(self.state.params, prompts, prompt_of_B, self._key(step, SAMPLE))
+        self._stop_if_asked()
+
+        with self._phase("grade"):
+            texts = decode_rollouts(rollouts, self.task.tokenizer)
+            pairs = [(text, prompts.answers[p]) for text, p in zip(texts, prompt_of_B, strict=True)]
+            reward_B = np.array(self.task.verifier.grade_batch(pairs), np.float32)
+        self._stop_if_asked()
+
+        with self._phase("score"):
+            advantage_B = to_host(self.advantage(reward_B, prompt_of_B))
+            order_B = np.random.default_rng([c.seed, step, PERMUTE]).permutation(c.rollout.budget)
+            batches = [
+                to_mesh(train_batch(prompts, prompt_of_B, rollouts, advantage_B, rows_M), sharding(self.mesh, "batch"))
+                for rows_M in order_B.reshape(-1, c.mini_batch)
+            ]
+            scored = [self.programs.score(self.state.params, batch) for batch in batches]
+            drift = to_host([drift for _, drift in scored])
+
+        with self._phase("update"):
+            updates = []
+            for batch, (old, _) in zip(batches, scored, strict=True):
+                # Eq. 29 and H are the current policy's; before a step's first update that is the one scored already.
+                now = self.programs.score(self.state.params, batch)[0] if updates else old
+                self.state, metrics = self.programs.update(self.state, batch, old, now)
+                updates.append(metrics)
+            self.stats = self.allocation.record(self.stats, prompts.index_P, prompt_of_B, reward_B, step)
+            updates, skipped = to_host((updates, self.state.skipped))
+
+        self._warn_of_skipped(step, updates)
+        self._save_samples(step, prompts, prompt_of_B, rollouts, texts, reward_B)
+        return {
+            **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
+            **allocation_metrics(counts_P, success_P),
+            **rollout_metrics(rollouts, reward_B, prompt_of_B, counts_P, self._seconds["sample"]),
+            **{f"verifier/{name}": count for name, count in self.task.verifier.counts.items()},
+            "objective/skipped_updates": int(skipped),
+            "rollout/logp_drift": float(max(drift)),
+            "data/epoch": step * c.rollout.prompts / len(self.task.train),
+        }
+
+    def run(self) -> None:
+        """From wherever the run stands to its last step."""
+        c, writer = self.config, jax.process_index() == 0
+        with ExitStack() as stack:
+            stack.enter_context(self._signals())
+            self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
+            done = self.checkpoints.latest()
+            if done is None:
+                self._start()
+            else:
+                self._resume(done)
+            self.log = self._open_log(done) if writer else None
+            if self.log:
+                stack.callback(self.log.close)
+            self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
+            stack.callback(self.bar.close)
+            if done is None:
+                self._finish(0, self._evaluate(0))
+            for step in range((done or 0) + 1, c.trainer.steps + 1):
+                self._run_step(step)
+
+    def _run_step(self, step: int) -> None:
+        c, began, position = self.config, time.perf_counter(), self.data.state()
+        try:
+            metrics = self.step(step)
+        except Interrupted:
+            self.data.restore(position)  # it stopped before the update: forgetting the prompts undoes the step
+            self._save(step - 1)
+            raise
+        if step == c.trainer.steps or (c.eval.every and step % c.eval.every == 0):
+            metrics |= self._evaluate(step)
+        metrics |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        metrics["time/step"] = time.perf_counter() - began
+        self._seconds = {}
+        self._finish(step, metrics)
+        if self._stop_signal_of_all():
+            self._save(step)
+            self._stop_if_asked()
+
+    def _start(self) -> None:
+        c = self.config
+        key = self._key(0, INIT)
+        if c.policy.load is not None:
+            params = load_hf(c.policy.load, self.decoder)
+        elif c.warmup.steps:
+            heldout = [prompt.text for prompts in self.task.evals for prompt in prompts.prompts]
+            log.info("Supervised warm-up: %d steps", c.warmup.steps)
+            host = warm_up(self.decoder, c, heldout, key, lambda _: self._stop_if_asked())
+            params = to_mesh(host, param_shardings(host, self.mesh))
+        else:
+            params = init_policy(self.decoder, key)
+        self.state, self.stats = self.programs.init(params), self.allocation.init()
+
+    def _resume(self, done: int) -> None:
+        target = {"train": self.programs.abstract_state, "stats": self.allocation.abstract_stats}
+        saved, host = self.checkpoints.restore(done, target)
+        self.state, self.stats, self.best = saved["train"], saved["stats"], host["best"]
+        self.data.restore(host["data"])
+        log.info("Resuming after step %d", done)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        e, metrics = self.config.eval, {}
+        with self._phase("eval"):
+            for number, prompts in enumerate(self.task.evals):
+                # The same random numbers each time: scores differ by the policy, not by luck.
+                key = jax.random.fold_in(self._key(0, EVALUATE), number)
+                evaluation = evaluate(
+                    self.eval_sampler,
+                    self.state.params,
+                    prompts,
+                    e.samples,
+                    key,
+                    self.task.tokenizer,
+                    self.task.verifier,
+                    self.config.task.max_prompt_tokens,
+                )
+                metrics |= evaluation.metrics(e.k)
+        return metrics
+
+    def _finish(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write the step's line, then its checkpoint if one is due: a checkpoint is never newer than its metrics."""
+        c = self.config
+        scores = [metrics.get(f"eval/{prompts.name}/pass@{min(c.eval.k)}") for prompts in self.task.evals]
+        score = float(np.mean(scores)) if scores and None not in scores else None
+        if self.log:
+            self.log.write(step, metrics)
+        if step:
+            speed = metrics["rollout/tokens_per_second"]
+            self.bar.update(step, reward=metrics["reward/mean"], tokens_per_second=speed, score=score)
+        better = score is not None and (self.best is None or score > self.best)
+        if better:
+            self.best = score
+        if better or step % c.checkpoint.every == 0 or step == c.trainer.steps:
+            with self._phase("checkpoint"):
+                self._save(step, score)
+
+    def _save(self, step: int, score: float | None = None) -> None:
+        if self.log:
+            self.log.sync()
+        state = {"train": self.state, "stats": self.stats}
+        self.checkpoints.save(step, state, {"data": self.data.state(), "best": self.best}, score)
+
+    def _save_samples(
+        self,
+        step: int,
+        prompts: PromptBatch,
+        prompt_of_B: np.ndarray,
+        rollouts: Rollouts,
+        texts: list[str],
+        reward_B: np.ndarray,
+    ) -> None:
+        """`rollouts/step_<step>.jsonl`: some of the step's rollouts, evenly spaced, each with its prompt and reward."""
+        count = min(self.config.logging.rollouts_per_step, len(texts))
+        if not count or jax.process_index():
+            return
+        lines = []
+        for b in np.linspace(0, len(texts) - 1, count).astype(int):
+            p = int(prompt_of_B[b])
+            row = {
+                "step": step,
+                "rollout": int(b),
+                "prompt_id": prompts.ids[p],
+                "prompt": prompts.texts[p],
+                "text": texts[b],
+                "answer": prompts.answers[p],
+                "reward": float(reward_B[b]),
+                "length": int(rollouts.length_B[b]),
+                "ended": bool(rollouts.ended_B[b]),
+            }
+            lines.append(json.dumps(row, ensure_ascii=False))
+        folder = self.run_dir / "rollouts"
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+
+    def _warn_of_skipped(self, step: int, updates: list[dict[str, Any]]) -> None:
+        for number, update in enumerate(updates, 1):
+            for name in ("objective/loss", "objective/grad_norm"):
+                if not np.isfinite(update[name]):
+                    log.warning("step %d, update %d: %s is %s; the update is skipped", step, number, name, update[name])
+
+    def _open_log(self, done: int | None) -> MetricsLog:
+        c = self.config
+        return MetricsLog(
+            self.run_dir,
+            done,
+            tensorboard=c.logging.tensorboard,
+            wandb_project=c.logging.wandb_project,
+            config=resolved(c),
+            run_name=self.run_dir.name,
+        )
+
+    def _key(self, step: int, stream: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(self.root, step), stream)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds spent inside to `time/<name>` of the step's metrics."""
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and the first Ctrl-C ask the loop to stop where nothing is lost; the second Ctrl-C is not waited for."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread only
+            return
+
+        def ask(number: int, _: Any) -> None:
+            self._stop_signal = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            log.warning("%s: saving before leaving", signal.Signals(number).name)
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_signal_of_all(self) -> int:
+        return agreed(self._stop_signal)
+
+    def _stop_if_asked(self) -> None:
+        number = self._stop_signal_of_all()
+        if number:
+            raise Interrupted(number, "run the same command to go on")

@@ -1,0 +1,248 @@
+"""TrainState, and the two jitted programs of the policy update: `score` and `update`.
+
+Both work on one mini-batch of M rollouts, a micro-batch at a time. Whatever is a mean, a maximum or a count is taken
+over the whole mini-batch, so the micro-batch size and the mesh change the time and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dynamo_jax.batch import TokenStats, TrainBatch
+from dynamo_jax.config import Config, OptimizerConfig
+from dynamo_jax.kernels import token_stats
+from dynamo_jax.objective import Normalizer, entropy_change, modulate, normalizer, policy_loss
+from dynamo_jax.policy.model import Decoder, param_shardings
+from dynamo_jax.sharding import sharding
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What an update changes. Donated to it, and checkpointed."""
+
+    params: Any
+    opt_state: Any
+    updates: jax.Array  # int32, applied
+    skipped: jax.Array  # int32, not applied because the loss or the gradient was not finite
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Gradient clipping by global norm, then AdamW, the rate warmed up linearly over `warmup_steps` updates."""
+    adamw = optax.adamw(
+        learning_rate_schedule(config),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Update u (from 0) runs at learning_rate * min(1, (u + 1) / warmup_steps)."""
+    peak, steps = config.learning_rate, config.warmup_steps
+    return lambda count: peak * jnp.minimum(1.0, (count + 1) / max(steps, 1))
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Zero counts and moments.
+
+    Moments are float32 even for bfloat16 parameters: with beta2 = 0.999 a bfloat16 second moment cannot move.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    float32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    return TrainState(params, optimizer.init(float32), zero, zero)
+
+
+def abstract_state(abstract_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state as `ShapeDtypeStruct`s, each moment sharded as its parameter is. Allocates nothing."""
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params)
+    return jax.tree.map(  # type: ignore[no-any-return]
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
+    )
+
+
+def completion_mask(length_M: jax.Array, max_tokens: int) -> jax.Array:
+    """float32 [M, C]: 1 on the sampled tokens, the end-of-sequence token included."""
+    return (jnp.arange(max_tokens) < length_M[:, None]).astype(jnp.float32)
+
+
+def completion_stats(model: Decoder, batch: TrainBatch, temperature: float) -> TokenStats:
+    """Log-prob, entropy and E[pi Lambda] of every completion token, each [M, C] float32; padding means nothing.
+
+    Prompts are left-padded, so every completion starts in slot L and slot L - 1 predicts its first token.
+    """
+    (M, C), L = batch.tokens_MC.shape, batch.prompt_tokens_ML.shape[1]
+    slot_S = jnp.arange(L + C)
+    valid_MS = (slot_S >= L - batch.prompt_length_M[:, None]) & (slot_S < L + batch.length_M[:, None])
+    tokens_MS = jnp.concatenate([batch.prompt_tokens_ML, batch.tokens_MC], axis=1)
+    hidden_MSD = model(tokens_MS, valid_MS)
+    hidden_TD = hidden_MSD[:, L - 1 : L + C - 1].reshape(M * C, -1)
+    stats = token_stats(hidden_TD, model.head().astype(hidden_TD.dtype), batch.tokens_MC.reshape(-1), temperature)
+    return jax.tree.map(lambda x: x.reshape(M, C), stats)
+
+
+def logp_drift(batch: TrainBatch, logp_MC: jax.Array) -> jax.Array:
+    """The largest difference (nats) between what the sampler and what `score` say of a sampled token's log-prob."""
+    mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
+    return jnp.max(jnp.abs(batch.sampled_logp_MC - logp_MC) * mask_MC)
+
+
+def micro_batches(tree: Any, size: int) -> Any:
+    """[M, ...] -> [M / size, size, ...]. Strided, so that rows stay on their device: its shards are contiguous in M."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(size, x.shape[0] // size, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def whole(tree: Any) -> Any:
+    """The inverse of `micro_batches`."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+class Programs:
+    """`score` and `update`, compiled once each; `traces` counts how often they were traced."""
+
+    def __init__(self, graph: nnx.GraphDef[Decoder], abstract_params: Any, config: Config, mesh: Mesh) -> None:
+        self.optimizer = make_optimizer(config.optimizer)
+        self.abstract_state = abstract_state(abstract_params, self.optimizer, mesh)
+        self.traces = {"score": 0, "update": 0}
+        rows = sharding(mesh, "batch")
+
+        def score(params: Any, batch: TrainBatch) -> tuple[TokenStats, jax.Array]:
+            self.traces["score"] += 1  # runs once a trace, not once a call
+            stats = score_rollouts(nnx.merge(graph, params), batch, config)
+            return stats, logp_drift(batch, stats.logp)
+
+        def update(state: TrainState, batch: TrainBatch, old: TokenStats, now: TokenStats) -> tuple[TrainState, Metrics]:
+            self.traces["update"] += 1
+            return update_policy(graph, state, batch, old, now, self.optimizer, config)
+
+        # Shardings are pinned: if the compiler chose them, a step's output would not match the next step's input.
+        in_state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        self.init: Callable[[Any], TrainState] = jax.jit(
+            lambda params: init_state(params, self.optimizer), out_shardings=in_state
+        )
+        self.score: Callable[[Any, TrainBatch], tuple[TokenStats, jax.Array]] = jax.jit(
+            score, out_shardings=(rows, sharding(mesh))
+        )
+        self.update: Callable[..., tuple[TrainState, Metrics]] = jax.jit(
+            update, donate_argnums=0, out_shardings=(in_state, sharding(mesh))
+        )
+
+
+def score_rollouts(model: Decoder, batch: TrainBatch, config: Config) -> TokenStats:
+    """`completion_stats` of a mini-batch, one micro-batch at a time."""
+    micro = micro_batches(batch, config.micro_batch)
+    return whole(jax.lax.map(lambda b: completion_stats(model, b, config.rollout.temperature), micro))  # type: ignore[no-any-return]
+
+
+def update_policy(
+    graph: nnx.GraphDef[Decoder],
+    state: TrainState,
+    batch: TrainBatch,
+    old: TokenStats,
+    now: TokenStats,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update on one mini-batch.
+
+    Args:
+        old: statistics under the policy that sampled; `now`: under `state.params`. Equal in the first update of a step.
+
+    Returns: the new state, and float32 scalars over the mini-batch. If the loss or the gradient is not finite, the
+    parameters and the optimizer stay as they were and `skipped` goes up by one.
+    """
+    c = config.objective
+    mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
+    advantage_MC, metrics = token_advantages(batch.advantage_M, old, now, mask_MC, config)
+    norm = normalizer(mask_MC, c.aggregation)
+
+    def loss_fn(params: Any, micro: tuple[TrainBatch, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, Metrics]:
+        rows, old_logp, advantages, mask = micro
+        stats = completion_stats(nnx.merge(graph, params), rows, config.rollout.temperature)
+        return policy_loss(
+            stats.logp,
+            old_logp,
+            advantages,
+            mask,
+            clip_low=c.clip_low,
+            clip_high=c.clip_high,
+            clip_ratio_c=c.clip_ratio_c,
+            aggregation=c.aggregation,
+            normalizer=norm,
+        )
+
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    micro = micro_batches((batch, old.logp, advantage_MC, mask_MC), config.micro_batch)
+    (loss, sums), grads = _sum_over_micro_batches(lambda m: gradient(state.params, m), micro)
+
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    proposed = (optax.apply_updates(state.params, changes), opt_state)
+    params, opt_state = jax.tree.map(
+        lambda new, kept: jnp.where(finite, new, kept), proposed, (state.params, state.opt_state)
+    )
+    new_state = TrainState(params, opt_state, state.updates + finite, state.skipped + ~finite)
+    metrics |= sums | {
+        "objective/loss": loss,
+        "objective/grad_norm": grad_norm,
+        "objective/entropy": jnp.sum(now.entropy * mask_MC) / jnp.maximum(jnp.sum(mask_MC), 1),
+        "objective/learning_rate": learning_rate_schedule(config.optimizer)(state.updates),
+    }
+    return new_state, metrics
+
+
+def token_advantages(
+    advantage_M: jax.Array, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
+) -> tuple[jax.Array, Metrics]:
+    """The advantage of each token [M, C]: its rollout's, times DynaMO's two factors. See `objective.modulation`."""
+    c, m = config.objective, config.modulation
+    advantage_MC = advantage_M[:, None] * mask_MC
+    if not m.enabled:
+        return advantage_MC, {}
+    change_MC = entropy_change(
+        now.logp, old.logp, now.entropy, now.lambda_mean, advantage_MC, mask_MC, c.clip_low, c.clip_high, c.clip_ratio_c
+    )
+    advantage_MC, comp_MC, stab_MC = modulate(
+        advantage_MC,
+        now.entropy,
+        change_MC,
+        mask_MC,
+        alpha=m.alpha,
+        lambda_min=m.lambda_min,
+        gamma=m.gamma,
+        tau=m.tau,
+        compensation=m.compensation,
+        stabilisation=m.stabilisation,
+    )
+    tokens = jnp.maximum(jnp.sum(mask_MC), 1)
+    return advantage_MC, {  # the factors are exactly 1 on padding, so maxima and minima need no mask
+        "modulation/comp_mean": jnp.sum(comp_MC * mask_MC) / tokens,
+        "modulation/comp_max": jnp.max(comp_MC),
+        "modulation/stab_mean": jnp.sum(stab_MC * mask_MC) / tokens,
+        "modulation/stab_min": jnp.min(stab_MC),
+    }
+
+
+def _sum_over_micro_batches(f: Callable[[Any], Any], micro: Any) -> Any:
+    """The sum of f over the leading axis, accumulated in float32 whatever the parameter dtype, one at a time."""
+
+    def add(total: Any, one: Any) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, f(one)), None
+
+    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    return jax.lax.scan(add, zeros, micro)[0]

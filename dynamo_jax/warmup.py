@@ -1,0 +1,68 @@
+"""Supervised warm-up on the built-in task's worked solutions, so that a random policy has something to reinforce.
+
+It runs on one device, whatever the mesh: the policy that reinforcement starts from must not depend on how many devices
+there are, and a hundred optimizer steps would turn the last bit of a sum into a different policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from dynamo_jax.batch import TrainBatch
+from dynamo_jax.config import Config
+from dynamo_jax.policy.model import DecoderConfig, abstract_policy, init_policy
+from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, prompt_tokens, worked_solutions
+from dynamo_jax.update import completion_mask, completion_stats
+
+
+def warm_up(
+    policy: DecoderConfig, config: Config, heldout: list[str], key: jax.Array, each_step: Callable[[int], None]
+) -> Any:
+    """Parameters, as host arrays, after `config.warmup.steps` steps of Adam with a cosine schedule from `init_policy`.
+
+    Minimises the mean over the batch's completion tokens of -log pi(token), end-of-sequence included. `policy` has no
+    mesh. `heldout` problems are left out. `each_step(steps done)` is called after every step, for progress and signals.
+    """
+    w, tokenizer = config.warmup, ArithmeticTokenizer()
+    graph, _ = abstract_policy(policy)
+    optimizer = optax.adam(optax.cosine_decay_schedule(w.learning_rate, w.steps))
+
+    @jax.jit
+    def step(params: Any, opt_state: Any, batch: TrainBatch) -> tuple[Any, Any]:
+        def loss_fn(params: Any) -> jax.Array:
+            mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
+            stats = completion_stats(nnx.merge(graph, params), batch, temperature=1.0)
+            return -jnp.sum(stats.logp * mask_MC) / jnp.sum(mask_MC)
+
+        changes, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state, params)
+        return optax.apply_updates(params, changes), opt_state
+
+    with jax.default_device(jax.local_devices()[0]):
+        params = init_policy(policy, key)
+        opt_state = optimizer.init(params)
+        batches = worked_solutions(
+            config.seed, w.batch, config.task.arithmetic.max_operations, w.multiplication_rate, heldout
+        )
+        for done, pairs in zip(range(1, w.steps + 1), batches, strict=False):
+            batch = _supervised_batch(pairs, tokenizer, config.task.max_prompt_tokens, config.rollout.max_tokens)
+            params, opt_state = step(params, opt_state, batch)
+            each_step(done)
+        return jax.device_get(params)
+
+
+def _supervised_batch(pairs: list[tuple[str, str]], tokenizer: ArithmeticTokenizer, L: int, C: int) -> TrainBatch:
+    M = len(pairs)
+    prompts_ML, tokens_MC = (np.full((M, size), tokenizer.pad_id, np.int32) for size in (L, C))
+    prompt_length_M, length_M = np.zeros(M, np.int32), np.zeros(M, np.int32)
+    for m, (problem, solution) in enumerate(pairs):
+        prompt, completion = prompt_tokens(problem, tokenizer), [*tokenizer.encode(solution), tokenizer.eos_id]
+        prompts_ML[m, L - len(prompt) :], tokens_MC[m, : len(completion)] = prompt, completion
+        prompt_length_M[m], length_M[m] = len(prompt), len(completion)
+    return TrainBatch(prompts_ML, prompt_length_M, tokens_MC, length_M, np.zeros(M), np.zeros((M, C)))  # type: ignore[arg-type]

@@ -1,0 +1,219 @@
+"""The clipped loss: by hand, against the released code with gradients, in micro-batches, on degenerate masks."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynamo_jax.objective import normalizer, policy_loss
+from dynamo_jax.objective.policy_loss import AGGREGATIONS, aggregate
+
+METRICS = ("objective/clip_fraction", "objective/kl_old_new", "objective/dual_clip_fraction")
+CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+
+
+def random_batch(M=8, C=6, seed=0):
+    rng = np.random.default_rng(seed)
+    logp = rng.uniform(-3, -0.1, (M, C)).astype(np.float32)
+    old_logp = (logp + rng.normal(0, 0.4, (M, C))).astype(np.float32)
+    advantages = rng.normal(0, 1, (M, 1)).astype(np.float32)
+    mask = np.arange(C) < rng.integers(1, C + 1, (M, 1))
+    return tuple(jnp.asarray(x) for x in (logp, old_logp, advantages, mask))
+
+
+def test_by_hand():
+    ratio = np.array([[1.0, 1.5, 0.5, 1.1], [1.0, 0.5, 1.5, 12.0]])
+    logp = jnp.asarray(np.log(ratio), jnp.float32)
+    advantages = jnp.array([[2.0], [-1.0]])
+    mask = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1]])
+    # A = 2:  -2, then 1.5 is clipped to 1.2: -2.4, then max(-1, -1.6) = -1 (the clip does not decide), then padding.
+    # A = -1: 1, then max(0.5, 0.8) = 0.8 (clipped), then max(1.5, 1.2) = 1.5, then 12 is dual-clipped to 10.
+    losses = np.array([[-2.0, -2.4, -1.0, 0.0], [1.0, 0.8, 1.5, 10.0]])
+    expected = {
+        "token-mean": losses.sum() / 7,
+        "seq-mean-token-sum": losses.sum() / 2,
+        "seq-mean-token-mean": (losses[0].sum() / 3 + losses[1].sum() / 4) / 2,
+        "seq-mean-token-sum-norm": losses.sum() / 4,
+    }
+    # The gradient to logp is -A r where nothing is clipped.
+    slope = np.array([[-2.0, 0.0, -1.0, 0.0], [1.0, 0.0, 1.5, 0.0]])
+    for aggregation, value in expected.items():
+
+        def f(logp, aggregation=aggregation):
+            zero = jnp.zeros_like(logp)
+            return policy_loss(logp, zero, advantages, mask, **CLIP, clip_ratio_c=10.0, aggregation=aggregation)
+
+        (loss, metrics), grad = jax.jit(jax.value_and_grad(f, has_aux=True))(logp)
+        np.testing.assert_allclose(loss, value, rtol=1e-6)
+        if aggregation == "token-mean":
+            np.testing.assert_allclose(grad, slope / 7, rtol=1e-6)
+        np.testing.assert_allclose(metrics["objective/clip_fraction"], 2 / 7, rtol=1e-6)
+        np.testing.assert_allclose(metrics["objective/dual_clip_fraction"], 1 / 7, rtol=1e-6)
+        # Of the counted tokens: -(log 1.5 + log 0.5 + log 0.5 + log 1.5 + log 12) / 7.
+        np.testing.assert_allclose(metrics["objective/kl_old_new"], -np.log(1.5**2 * 0.5**2 * 12) / 7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_micro_batches_add_up_to_the_whole(aggregation):
+    batch = random_batch()
+
+    def f(logp, rest, norm):
+        return policy_loss(logp, *rest, **CLIP, clip_ratio_c=3.0, aggregation=aggregation, normalizer=norm)
+
+    value_and_grad = jax.jit(jax.value_and_grad(f, has_aux=True))
+    whole, whole_grad = value_and_grad(batch[0], batch[1:], None)
+    norm = normalizer(batch[3], aggregation)
+    parts = [[x[rows] for x in batch] for rows in (slice(0, 3), slice(3, 4), slice(4, 8))]
+    outputs = [value_and_grad(part[0], part[1:], norm) for part in parts]
+    total = jax.tree.map(lambda *xs: sum(xs), *[value for value, _ in outputs])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), total, whole)
+    np.testing.assert_allclose(jnp.concatenate([grad for _, grad in outputs]), whole_grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_padding_is_never_read(aggregation):
+    logp, old_logp, advantages, mask = random_batch()
+    mask = mask.at[2].set(False)
+    advantages = jnp.broadcast_to(advantages, logp.shape)
+
+    def f(logp, old_logp, advantages):
+        return policy_loss(logp, old_logp, advantages, mask, **CLIP, clip_ratio_c=3.0, aggregation=aggregation)
+
+    run = jax.jit(jax.value_and_grad(f, has_aux=True))
+    clean = run(logp, old_logp, advantages)
+    for bad in (jnp.nan, -jnp.inf, 1e30):
+        dirty = run(*(jnp.where(mask, x, bad) for x in (logp, old_logp, advantages)))
+        jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    assert np.isfinite(clean[0][0])
+    np.testing.assert_array_equal(clean[1][~mask], 0.0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_empty_mask_and_extreme_ratios_are_finite(aggregation):
+    logp, old_logp, advantages, mask = random_batch()
+
+    def f(logp, old_logp, mask):
+        return policy_loss(logp, old_logp, advantages, mask, **CLIP, aggregation=aggregation)
+
+    run = jax.jit(jax.value_and_grad(f, has_aux=True))
+    empty = run(logp, old_logp, mask & False)
+    assert all(np.all(np.asarray(x) == 0.0) for x in jax.tree.leaves(empty))
+    for old in (old_logp - 500, old_logp + 500):
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(logp, old, mask)))
+
+
+def test_gradient_flows_through_logp_only():
+    logp, old_logp, advantages, mask = random_batch()
+    f = jax.grad(lambda *args: policy_loss(*args, mask, **CLIP)[0], argnums=(0, 1, 2))
+    to_logp, *others = f(logp, old_logp, advantages)
+    assert np.abs(to_logp).max() > 0
+    for grad in others:
+        np.testing.assert_array_equal(grad, np.zeros(grad.shape))
+    low = logp.astype(jnp.bfloat16)
+    loss, metrics = policy_loss(low, low, low, mask, **CLIP)
+    assert {x.dtype for x in (loss, *metrics.values())} == {jnp.dtype("float32")}
+
+
+def test_bad_arguments_are_refused():
+    batch = random_batch()
+    with pytest.raises(ValueError, match=r"'mean'.*token-mean, seq-mean-token-sum"):
+        policy_loss(*batch, **CLIP, aggregation="mean")
+    with pytest.raises(ValueError, match="'mean'"):
+        normalizer(batch[3], "mean")
+    with pytest.raises(ValueError, match="clip_ratio_c = 1"):
+        policy_loss(*batch, **CLIP, clip_ratio_c=1.0)
+    with pytest.raises(ValueError, match=r"advantages \(8,\)"):
+        policy_loss(batch[0], batch[1], batch[2][:, 0], batch[3], **CLIP)
+
+
+def golden(shared, name, x64):
+    """(case, {array name: array}) of each case; floating inputs in the dtype of the run."""
+    cases = json.loads((shared / "golden" / "manifest.json").read_text())["files"][name]["cases"]
+    with np.load(shared / "golden" / name) as arrays, jax.enable_x64(x64):
+        for case in cases:
+            prefix = f"{case['case']:03d}/"
+            yield case, {key[len(prefix) :]: arrays[key] for key in arrays.files if key.startswith(prefix)}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("x64", "tolerance"), [(True, 1e-7), (False, 2e-5)])
+def test_golden_loss(shared, x64, tolerance):
+    """Released loss, metrics and gradient for each plain clipped case. One of them is nan there: an empty row."""
+    dtype = np.float64 if x64 else np.float32
+    aggregations, guarded = set(), 0
+    for case, arrays in golden(shared, "policy_loss.npz", x64):
+        params = case["params"]
+        if case["loss"] != "vanilla" or params.get("loss_method"):
+            continue
+        inputs = [jnp.asarray(arrays[k], dtype) for k in ("log_prob", "old_log_prob", "advantages")]
+        mask = arrays["mask"].astype(bool)
+
+        def f(logp, inputs=inputs, mask=mask, params=params, case=case):
+            return policy_loss(
+                logp,
+                *inputs[1:],
+                jnp.asarray(mask),
+                clip_low=params.get("cliprange_low", params["cliprange"]),
+                clip_high=params.get("cliprange_high", params["cliprange"]),
+                clip_ratio_c=params["clip_ratio_c"],
+                aggregation=case["agg"],
+            )
+
+        (loss, metrics), grad = jax.jit(jax.value_and_grad(f, has_aux=True))(inputs[0])
+        assert loss.dtype == dtype
+        out, expected_grad = arrays["out"], arrays["grad_log_prob"]
+        if case["official_loss_is_nan"]:
+            # The empty row adds 0, the others as they do there: gradients of rows with tokens are defined there too.
+            rows = mask.any(-1)
+            means = [arrays["loss_mat"][r][mask[r]].mean() for r in np.flatnonzero(rows)]
+            out = np.array([sum(means) / len(rows), *out[1:]])
+            grad, expected_grad = np.asarray(grad)[rows], expected_grad[rows]
+            guarded += 1
+        message = f"case {case['case']}"
+        ours = [loss, *(metrics[m] for m in METRICS)]
+        np.testing.assert_allclose(ours, out, tolerance, tolerance, err_msg=message)
+        np.testing.assert_allclose(grad, expected_grad, tolerance, tolerance, err_msg=message)
+        aggregations.add(case["agg"])
+    assert aggregations == set(AGGREGATIONS)
+    assert guarded == 1
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("x64", "tolerance"), [(True, 1e-7), (False, 2e-5)])
+def test_golden_aggregation(shared, x64, tolerance):
+    for case, arrays in golden(shared, "agg_kl.npz", x64):
+        values = jnp.asarray(arrays["loss_mat"], np.float64 if x64 else np.float32)
+        mask = jnp.asarray(arrays["mask"])
+        out, grad = jax.jit(jax.value_and_grad(aggregate), static_argnums=2)(values, mask, case["agg"])
+        np.testing.assert_allclose(out, arrays["out"], tolerance, tolerance)
+        np.testing.assert_allclose(grad, arrays["grad"], tolerance, tolerance)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("x64", "tolerance"), [(True, 1e-7), (False, 2e-5)])
+def test_golden_loss_of_modulated_advantages(shared, x64, tolerance):
+    """The loss of the released actor with its modulated advantages, and the gradient that reaches the log-probs."""
+    dtype = np.float64 if x64 else np.float32
+
+    @jax.jit
+    def run(logp, old_logp, advantages, mask, clip_low, clip_high):
+        def f(logp):
+            clip = {"clip_low": clip_low, "clip_high": clip_high, "clip_ratio_c": 10.0}
+            return policy_loss(logp, old_logp, advantages, mask, **clip, aggregation="token-mean")
+
+        return jax.value_and_grad(f, has_aux=True)(logp)
+
+    for case, arrays in golden(shared, "modulation.npz", x64):
+        assert (case["clip_ratio_c"], case["agg"]) == (10.0, "token-mean")
+        # One shape for all cases, so that the program compiles once; token-mean does not see padding.
+        inside = tuple(slice(n) for n in arrays["mask"].shape)
+        inputs = [np.zeros((8, 64), dtype) for _ in range(4)]
+        for x, name in zip(inputs, ("log_prob", "old_log_prob", "mod_advantages", "mask"), strict=True):
+            x[inside] = arrays[name]
+        (loss, metrics), grad = run(*inputs, *(case["clip_effective"][side] for side in ("low", "high")))
+        message = f"case {case['case']}"
+        ours = [loss, *(metrics[m] for m in METRICS)]
+        np.testing.assert_allclose(ours, arrays["loss"], tolerance, tolerance, err_msg=message)
+        np.testing.assert_allclose(grad[inside], arrays["grad_log_prob"], tolerance, tolerance, err_msg=message)

@@ -1,0 +1,138 @@
+"""Tokenizers of Hugging Face folders: ids, stop tokens, chat templates, and folders that hold none."""
+
+import json
+import shutil
+
+import pytest
+
+from dynamo_jax.tasks.tokenizer import load_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WORDS = ["<unk>", "<eos>", "<pad>", "<|im_start|>", "<|im_end|>", "1", "2", "3", "+", "=", "user", "assistant", "of"]
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    """Makes a folder with a word-level tokenizer; a word's id is its place in WORDS."""
+    import tokenizers
+    import transformers
+
+    def make(template=CHATML, specials=None, generation_config=None):
+        model = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")  # noqa: S106
+        inner = tokenizers.Tokenizer(model)
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+        named = {"unk_token": "<unk>", "eos_token": "<eos>"} if specials is None else specials
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
+        fast.chat_template = template
+        fast.save_pretrained(tmp_path / "model")
+        if generation_config is not None:
+            (tmp_path / "model" / "generation_config.json").write_text(generation_config)
+        return tmp_path / "model"
+
+    return make
+
+
+def test_ids_of_a_chat_tokenizer(make_folder):
+    tokenizer = load_tokenizer(make_folder())
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.size) == (1, 1, 13)  # no pad token: the end-of-sequence token
+    assert tokenizer.stop_ids == (1, 4)
+    assert tokenizer.encode("1 + 2") == [5, 8, 6]
+    assert tokenizer.decode([5, 8, 6, 4, 1]) == "1 + 2"
+    assert tokenizer.render_chat([{"role": "user", "content": "1 + 2"}]) == (
+        "<|im_start|>user\n1 + 2<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "generation_config", "stop_ids"),
+    [
+        (CHATML, '{"eos_token_id": 2}', (1, 2, 4)),
+        (CHATML, '{"eos_token_id": [4, 1, 2]}', (1, 4, 2)),
+        (CHATML, '{"do_sample": false}', (1, 4)),
+        (None, None, (1,)),
+        ("{% for m in messages %}{{ m.content }} 1 {% endfor %}", None, (1,)),  # a plain token follows the answer
+        ("{% for m in messages %}[{{ m.role }}] {{ m.content }} <eos>{% endfor %}", None, (1,)),
+        ("{{ raise_exception('no assistant messages') }}", None, (1,)),
+    ],
+)
+def test_stop_ids(make_folder, template, generation_config, stop_ids):
+    assert load_tokenizer(make_folder(template, generation_config=generation_config)).stop_ids == stop_ids
+
+
+def test_pad_token_of_the_tokenizer(make_folder):
+    specials = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    assert load_tokenizer(make_folder(specials=specials)).pad_id == 2
+
+
+def test_no_end_of_sequence_token(make_folder):
+    with pytest.raises(ValueError, match=r"model: the tokenizer has no end-of-sequence token.*tokenizer_config\.json"):
+        load_tokenizer(make_folder(specials={"unk_token": "<unk>"}))
+
+
+def test_broken_generation_config(make_folder):
+    with pytest.raises(ValueError, match=r"generation_config\.json: cannot be read"):
+        load_tokenizer(make_folder(generation_config="{"))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id = 'x' is neither"):
+        load_tokenizer(make_folder(generation_config='{"eos_token_id": "x"}'))
+
+
+def test_chat_template_errors(make_folder):
+    messages = [{"role": "system", "content": "1"}, {"role": "user", "content": "2"}]
+    with pytest.raises(ValueError, match=r"model: .* no chat template\. Set task\.chat_template=false"):
+        load_tokenizer(make_folder(template=None)).render_chat(messages)
+    tokenizer = load_tokenizer(make_folder(template=NO_SYSTEM))
+    assert tokenizer.stop_ids == (1, 4)
+    with pytest.raises(ValueError, match=r"roles \['system', 'user'\]: no system role\. .* task\.system_prompt"):
+        tokenizer.render_chat(messages)
+
+
+def test_folder_without_a_tokenizer(tmp_path):
+    def message(folder):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - the caller reads the message
+            load_tokenizer(folder)
+        assert str(error.value).startswith(f"{folder}: ")
+        assert "Point task.tokenizer at a folder" in str(error.value)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no such folder" in message(tmp_path / "Qwen" / "Qwen2.5-Math-1.5B")
+    (tmp_path / "file").write_text("x")
+    assert "is a file, not a folder" in message(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "holds no readable tokenizer" in message(tmp_path / "empty")
+    # transformers itself makes a tokenizer without a single word out of this one
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    assert "a tokenizer without a vocabulary" in message(tmp_path / "config")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"version": "1.0", ', '{"model": 3, "added_tokens": []}'])
+def test_damaged_tokenizer_file(make_folder, text):
+    folder = make_folder()
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model: holds no readable tokenizer: .* Point task\.tokenizer"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.shared
+def test_qwen(shared, tmp_path):
+    folder = shared / "data/qwen2.5-math-1.5b"
+    tokenizer = load_tokenizer(folder)
+    im_end = tokenizer.encode("<|im_end|>")
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.size) == (151643, 151643, 151665)
+    assert tokenizer.stop_ids == (151643, *im_end) == (151643, 151645)
+    text = "so  x = \\frac{1}{2} , and 你好 🙂 .\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([*tokenizer.encode("ab"), *im_end, 151643, 151900]) == "ab"
+    rendered = tokenizer.render_chat([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
+    assert rendered == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+
+    for name in ("config.json", "tokenizer_config.json", "merges.txt"):  # vocab.json is missing
+        shutil.copy(folder / name, tmp_path / name)
+    with pytest.raises(ValueError, match="holds no readable tokenizer"):
+        load_tokenizer(tmp_path)
