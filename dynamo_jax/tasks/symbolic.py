@@ -11,11 +11,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
 import sympy
+import sympy.parsing.sympy_parser
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 
 MAX_NODES = 600  # of a parsed formula
@@ -89,6 +91,22 @@ class Symbolic:
             ratio = a / b
             agreed += 1
         return agreed >= 3
+
+
+def forbid_evaluation() -> None:
+    """Make this process refuse to evaluate text as Python.
+
+    The LaTeX parser hands its number tokens to `sympy.Number(text)`, which evaluates them with `eval`. From here on
+    decimal numbers are read as such, exactly, and any other text that reaches sympy is an error.
+    """
+
+    def read_number(text: str, *_: Any, **__: Any) -> Any:
+        if not re.fullmatch(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+", text.strip()):
+            raise NoValueError("text is not evaluated here")
+        fraction = Fraction(text)
+        return sympy.Rational(fraction.numerator, fraction.denominator)
+
+    sympy.parsing.sympy_parser.parse_expr = read_number  # sympify looks it up there at every call
 
 
 def warm_up() -> None:

@@ -64,8 +64,13 @@ def main() -> None:
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)
 
-    from dynamo_jax.tasks.symbolic import Symbolic, warm_up  # after the pipes are safe: importing may print
+    from dynamo_jax.tasks.symbolic import (
+        Symbolic,
+        forbid_evaluation,
+        warm_up,
+    )  # after the pipes are safe: importing may print
 
+    forbid_evaluation()
     algebra = Symbolic()
     warm_up()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -21,8 +21,11 @@ from dynamo_jax.sharding import make_mesh
 
 V, L, C = 24, 5, 6
 POLICY = DecoderConfig(
-    ArchitectureConfig(hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, vocab_size=V)
-)
+    ArchitectureConfig(
+        hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, vocab_size=V,
+        tie_word_embeddings=False,  # a tied head prefers to repeat itself, and greedy completions would be all alike
+    )
+)  # fmt: skip
 BASE = SamplerConfig(max_tokens=C, batch=8, window=4, stop_ids=(3, 7), pad_id=0)
 COUNTS = np.array([7, 1, 2, 9, 4, 3])  # rollouts of each of the six prompts
 KEY = jax.random.key(11)
@@ -112,17 +115,18 @@ def test_logp_equals_a_recompute(settings: dict[str, float]) -> None:
 
 
 def test_an_end_in_the_first_position_and_no_end_at_all() -> None:
-    at_once = sample(dataclasses.replace(BASE, stop_ids=tuple(range(V))))
+    many = 10 * COUNTS
+    at_once = sample(dataclasses.replace(BASE, stop_ids=tuple(range(V))), many)
     assert (at_once.length_B == 1).all()
     assert at_once.ended_B.all()
-    never = sample(dataclasses.replace(BASE, stop_ids=()))
+    never = sample(dataclasses.replace(BASE, stop_ids=()), many)
     assert (never.length_B == C).all()
     assert not never.ended_B.any()
     for r, stops in ((at_once, tuple(range(V))), (never, ())):
         assert_consistent(r, stops, 0)
     np.testing.assert_array_equal(at_once.tokens_BC[:, 0], never.tokens_BC[:, 0])
 
-    mixed = sample()
+    mixed = sample(counts=many)
     assert_consistent(mixed, BASE.stop_ids, BASE.pad_id)
     assert set(mixed.length_B) >= {1, 2, C}
     assert {bool(e) for e in mixed.ended_B[mixed.length_B == C]} == {True, False}  # stopped by the last token, or cut

@@ -207,6 +207,18 @@ def test_workers_do_not_import_jax() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
 
 
+def test_no_text_is_evaluated_in_a_worker(tmp_path: Path) -> None:
+    code = (
+        "import sympy\nfrom dynamo_jax.tasks.symbolic import forbid_evaluation\nforbid_evaluation()\n"
+        "if sympy.Number('42') + sympy.sympify('0.5') != sympy.Rational(85, 2): raise SystemExit('numbers')\n"
+        "sympy.sympify(\"open('graderpwned', 'w')\")"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "not evaluated" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_close_leaves_no_process() -> None:
     closing = Verifier(workers=2)
     closing.grade_batch([(output, gold) for output, gold, _ in cases()[:4]])
