@@ -18,7 +18,7 @@ from flax import nnx
 from dynamo_jax.batch import TrainBatch
 from dynamo_jax.config import Config
 from dynamo_jax.policy.model import DecoderConfig, abstract_policy, init_policy
-from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, prompt_tokens, worked_solutions
+from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, worked_solutions
 from dynamo_jax.update import completion_mask, completion_stats
 
 
@@ -62,7 +62,7 @@ def _supervised_batch(pairs: list[tuple[str, str]], tokenizer: ArithmeticTokeniz
     prompts_ML, tokens_MC = (np.full((M, size), tokenizer.pad_id, np.int32) for size in (L, C))
     prompt_length_M, length_M = np.zeros(M, np.int32), np.zeros(M, np.int32)
     for m, (problem, solution) in enumerate(pairs):
-        prompt, completion = prompt_tokens(problem, tokenizer), [*tokenizer.encode(solution), tokenizer.eos_id]
+        prompt, completion = tokenizer.encode(problem), [*tokenizer.encode(solution), tokenizer.eos_id]
         prompts_ML[m, L - len(prompt) :], tokens_MC[m, : len(completion)] = prompt, completion
         prompt_length_M[m], length_M[m] = len(prompt), len(completion)
     return TrainBatch(prompts_ML, prompt_length_M, tokens_MC, length_M, np.zeros(M), np.zeros((M, C)))  # type: ignore[arg-type]

@@ -1,0 +1,9 @@
+"""What is learned: prompts, and how an answer is judged.
+
+Verifier workers import this package: it must stay free of jax, grain and transformers, which take seconds to start.
+"""
+
+from dynamo_jax.tasks.answers import check_gold
+from dynamo_jax.tasks.verifier import Verifier, grade
+
+__all__ = ["Verifier", "check_gold", "grade"]

@@ -1,7 +1,7 @@
 """The built-in task: left-to-right chains modulo 10, so that a machine with no weights and no network learns something.
 
 A problem is a chain such as `3+4*2=`: 1 to 6 operations, operands 1 to 9, applied from left to right with no
-precedence, modulo 10. Its answer is the worked solution, the running values: `7,4` (3+4=7, then 7*2=14).
+precedence, modulo 10. Its answer is the worked solution, the running values one digit each: `74` (3+4=7, 7*2=14).
 The reward is 1 only if the whole of it is right, so a chain is as hard as its length and its operations make it.
 """
 
@@ -17,7 +17,7 @@ _APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a 
 
 
 def solve(problem: str) -> str:
-    """The worked solution of a problem: `solve("3+4*2=") == "7,4"`. Raises `ValueError` if it is not a problem."""
+    """The worked solution of a problem: `solve("3+4*2=") == "74"`. Raises `ValueError` if it is not a problem."""
     digits, operations = problem[:-1:2], problem[1:-1:2]
     well_formed = problem.endswith("=") and len(digits) == len(operations) + 1 and operations
     if not well_formed or not digits.isdecimal() or set(operations) - set(OPERATIONS):
@@ -26,7 +26,7 @@ def solve(problem: str) -> str:
     for operation, digit in zip(operations, digits[1:], strict=True):
         value = _APPLY[operation](value, int(digit)) % 10
         values.append(str(value))
-    return ",".join(values)
+    return "".join(values)
 
 
 def random_problem(rng: np.random.Generator, max_operations: int, multiplication_rate: float = 1 / 3) -> str:
@@ -71,11 +71,6 @@ def worked_solutions(
         yield pairs
 
 
-def prompt_tokens(problem: str, tokenizer: ArithmeticTokenizer) -> list[int]:
-    """Begin-of-sequence, then the problem. The first token is the landmark that positions are told apart by."""
-    return [tokenizer.bos_id, *tokenizer.encode(problem)]
-
-
 def grade(output: str, gold: str) -> bool:
     """1 only if the whole worked solution is right."""
     return output.strip() == gold
@@ -97,24 +92,23 @@ class ArithmeticVerifier:
 class ArithmeticTokenizer:
     """One token a character, with padding and end-of-sequence ids as a real tokenizer has them."""
 
-    alphabet: str = "0123456789+-*=,"
+    alphabet: str = "0123456789+-*="
     pad_id: int = 0
     eos_id: int = 1
-    bos_id: int = 2
     stop_ids: tuple[int, ...] = (1,)
 
     @property
     def size(self) -> int:
-        return len(self.alphabet) + 3
+        return len(self.alphabet) + 2
 
     def encode(self, text: str) -> list[int]:
         unknown = set(text) - set(self.alphabet)
         if unknown:
             raise ValueError(f"the arithmetic tokenizer has no token for {sorted(unknown)}; it knows {self.alphabet!r}")
-        return [self.alphabet.index(c) + 3 for c in text]
+        return [self.alphabet.index(c) + 2 for c in text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.alphabet[i - 3] for i in ids if i >= 3)
+        return "".join(self.alphabet[i - 2] for i in ids if i >= 2)
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         return "".join(message["content"] for message in messages)

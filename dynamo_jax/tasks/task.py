@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from dynamo_jax.config import Config
-from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, prompt_tokens, solve, split_problems
+from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
 from dynamo_jax.tasks.prompts import PromptSet, load_prompts, make_prompt_set
 from dynamo_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 from dynamo_jax.tasks.verifier import Verifier
@@ -81,7 +81,7 @@ def _arithmetic(config: Config, tokenizer: Tokenizer) -> tuple[PromptSet, Prompt
     a = config.task.arithmetic
     problems = split_problems(config.seed, a.train_prompts, a.heldout_prompts, a.max_operations)
     train, heldout = (
-        make_prompt_set(name, [(p, p, solve(p), prompt_tokens(p, tokenizer)) for p in part])
+        make_prompt_set(name, [(p, p, solve(p), tokenizer.encode(p)) for p in part])
         for name, part in zip(("arithmetic", "heldout"), problems, strict=True)
     )
     return train, heldout

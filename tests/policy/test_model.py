@@ -61,7 +61,8 @@ def compiled_loss(config: DecoderConfig) -> Any:
         counted = valid[:, :-1] & valid[:, 1:]
         return -jnp.sum(logp * counted) / jnp.sum(counted)
 
-    return jax.jit(jax.value_and_grad(loss))
+    # Values are compared here, not speed, and compiling is most of the time.
+    return jax.jit(jax.value_and_grad(loss), compiler_options={"xla_backend_optimization_level": 0})
 
 
 def forward(config: DecoderConfig, params: Any, tokens: Any, valid: Any) -> np.ndarray:
