@@ -11,15 +11,15 @@ setup(
     python_requires=">=3.11,<3.14",  # tested on 3.11 to 3.13
     install_requires=[
         "flax>=0.12",
-        "grain>=0.2.12",
-        "jax>=0.8",
+        "grain>=0.2.15",
+        "jax>=0.9",
         "jinja2>=3.1",  # chat templates: transformers renders them with it but does not require it
-        "latex2sympy2_extended>=1.10",
-        "math-verify>=0.8",
+        "latex2sympy2_extended[antlr4_13_2]>=1.10",
         "matplotlib>=3.9",
+        "mpmath>=1.3",
         "numpy>=2.0",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.11.20",
+        "orbax-checkpoint>=0.12",
         "pyarrow>=17",
         "pydantic>=2.9",
         "pyyaml>=6.0",
@@ -38,8 +38,8 @@ setup(
             "torch==2.13.0",  # parity with transformers' models; one release, so that the reference does not move
             "types-PyYAML>=6.0",
         ],
-        "tpu": ["jax[tpu]>=0.8"],
-        "cuda": ["jax[cuda13]>=0.8"],
+        "tpu": ["jax[tpu]>=0.9"],
+        "cuda": ["jax[cuda13]>=0.9"],
         "wandb": ["wandb>=0.19"],
     },
     entry_points={"console_scripts": ["dynamo-jax = dynamo_jax.cli:main"]},

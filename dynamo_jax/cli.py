@@ -1,4 +1,4 @@
-"""The command line: `dynamo-jax train | eval | export | report`.
+"""The command line: `dynamo-jax train | eval | export | plan | report`.
 
 Whatever a user can mend ends with one paragraph on stderr and exit status 2; `--traceback` shows where it came from.
 """
@@ -6,6 +6,8 @@ Whatever a user can mend ends with one paragraph on stderr and exit status 2; `-
 from __future__ import annotations
 
 import argparse
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +16,17 @@ from dynamo_jax.config import load_config
 
 # jax, orbax and transformers take seconds to import: each command imports what it needs once its config is known good.
 
+DEFAULT_K = (1, 8, 32)
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # a file of such a name is written ./a=b
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for an error, 128 + n after signal n."""
-    arguments = _parser().parse_args(argv)
+    """Run one command. Returns the exit status: 0, 1 if a plan does not fit, 2 for an error, 128 + n after signal n."""
+    words, overrides = _take_overrides(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(words)
     try:
+        if overrides:
+            arguments.overrides += overrides
         status: int = arguments.run(arguments)
         return status
     except (ValueError, OSError) as error:
@@ -26,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"dynamo-jax: error: {error}\n")
         return 2
+    except KeyboardInterrupt:  # before training takes signals over, or one too many for it
+        sys.stderr.write("dynamo-jax: interrupted\n")
+        return 128 + signal.SIGINT
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -44,7 +55,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     from dynamo_jax.commands import eval_command
 
-    eval_command(config, arguments.checkpoint, arguments.benchmark, arguments.samples, arguments.k, arguments.json)
+    ks = arguments.k or [k for k in DEFAULT_K if k <= arguments.samples]
+    eval_command(config, arguments.checkpoint, arguments.benchmark, arguments.samples, ks, arguments.json)
     return 0
 
 
@@ -56,12 +68,36 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    from dynamo_jax.plan import plan_command
+
+    return 0 if plan_command(config, arguments.topology) else 1
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from dynamo_jax.report import write_report
 
     write_report(arguments.runs, arguments.out)
     sys.stdout.write(f"{arguments.out}\n")
     return 0
+
+
+def _take_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`words` without the overrides among them, and these.
+
+    argparse wants all positional words in one run, so it would refuse an override after an option or, after an option
+    that takes many values (`--benchmark`), read it as one of these.
+    """
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command not in ("train", "eval", "export"):
+        return list(words), []
+    rest: list[str] = []
+    overrides: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        is_value = before in ("--checkpoint", "--json", "--out", "--samples")
+        (overrides if _OVERRIDE.match(word) and not is_value else rest).append(word)
+    return rest, overrides
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,14 +116,18 @@ def _parser() -> argparse.ArgumentParser:
 
     command = with_config("eval", _eval, "Pass@1 and Pass@k with 95% intervals.")
     command.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoints")
-    command.add_argument("--benchmark", nargs="+", default=[], metavar="FILE", help="JSONL or Parquet; default: task.eval")
+    text = "JSONL or Parquet; default: the config's held-out prompts"
+    command.add_argument("--benchmark", nargs="+", default=[], metavar="FILE", help=text)
     command.add_argument("--samples", type=_positive, default=32, help="samples of each problem (default 32)")
-    command.add_argument("--k", type=_positive, nargs="+", default=[1, 8, 32], help="Pass@k to report (default 1 8 32)")
+    command.add_argument("--k", type=_positive, nargs="+", help="Pass@k to report (default 1 8 32, up to --samples)")
     command.add_argument("--json", type=Path, help="write the results to this file, too")
 
     command = with_config("export", _export, "Write a folder that transformers and vLLM load.")
     command.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoints")
     command.add_argument("--out", type=Path, required=True, help="the folder to make")
+
+    command = with_config("plan", _plan, "Compile every program for a TPU slice without having one: does it fit?")
+    command.add_argument("--topology", required=True, help="the slice, such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
 
     text = "Curves and tables of runs, side by side, in one HTML file."
     command = commands.add_parser("report", help=text, description=text)
@@ -98,7 +138,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value

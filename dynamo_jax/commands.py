@@ -28,10 +28,15 @@ def eval_command(
 ) -> None:
     """Print the table of Pass@k on `benchmarks` (default: the config's held-out prompts); `json_file` gets the numbers.
 
-    Raises `ValueError` for a k above `samples`, an unreadable checkpoint, or benchmark files with errors.
+    Raises `ValueError` for a k above `samples`, an unreadable checkpoint, no benchmark or one with errors, or a
+    `json_file` that cannot be written.
     """
     if max(ks) > samples:
         raise ValueError(f"--k {max(ks)} needs at least as many samples, but --samples is {samples}. Raise --samples.")
+    if config.task.kind == "math" and not (benchmarks or config.task.eval):
+        raise ValueError("there is nothing to evaluate on: name --benchmark FILE, or files in the config's task.eval.")
+    if json_file and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):  # before hours of sampling
+        raise ValueError(f"--json {json_file}: is a folder, or in none. Give a file name in a folder that exists.")
     start_devices(config.device, config.mesh)
     setup_logging(jax.process_index())
     mesh = make_mesh(config.mesh)
@@ -81,7 +86,7 @@ def export_command(config: Config, checkpoint: Path, out: Path) -> None:
 
 
 def load_policy(checkpoint: Path, decoder: DecoderConfig) -> Any:
-    """Parameters on `decoder`'s mesh: of a run folder or checkpoint, or of a folder with `config.json` and safetensors."""
+    """Parameters on `decoder`'s mesh: of a run folder, a checkpoint, or a folder with `config.json` and safetensors."""
     if (checkpoint / "config.json").is_file():
         return load_hf(checkpoint, decoder)
     directory, step = resolve_checkpoint(checkpoint)

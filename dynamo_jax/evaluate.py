@@ -51,7 +51,7 @@ class Evaluation:
 
     def metrics(self, ks: Sequence[int]) -> dict[str, float]:
         """`eval/<name>/pass@k` with `_low` and `_high`, mean length in tokens, truncated fraction."""
-        out = {}
+        out: dict[str, float] = {}
         for k in ks:
             value, low, high = self.pass_at(k)
             out |= {f"pass@{k}": value, f"pass@{k}_low": low, f"pass@{k}_high": high}

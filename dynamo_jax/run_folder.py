@@ -105,11 +105,13 @@ class RunFolder:
         """Bind the folder to `config`: write it the first time, compare with it afterwards.
 
         Returns whether the folder had a config already. Keys that change no result (`FREE_ON_RESUME`) take their new
-        values. Raises `ConfigError` that lists every other difference as `key: old -> new`; the file then stays.
+        values. Raises `ConfigError` that lists every other difference as `key: old -> new`, once the run has a
+        checkpoint; the file then stays.
         """
         old = self._read_config()
         new = resolved(config)
-        changed = [] if old is None else differences(old, new)
+        # Before the first checkpoint there is no result that a corrected path or value could change.
+        changed = differences(old, new) if old is not None and self._has_checkpoint() else []
         if changed:
             raise ConfigError(
                 f"{self.config_path}: this run was started with other values, which would change its result: "
@@ -131,6 +133,9 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _has_checkpoint(self) -> bool:
+        return self.checkpoints.is_dir() and any(entry.name.isdigit() for entry in self.checkpoints.iterdir())
 
     def _read_config(self) -> dict[str, Any] | None:
         try:

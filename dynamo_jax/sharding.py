@@ -50,8 +50,8 @@ def start_devices(device: str, mesh: MeshConfig) -> None:
         jax.config.update("jax_num_cpu_devices", mesh.size)  # no effect on other platforms
     try:
         jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # without its CUDA plugin jax fails an assertion of its own
+        reason = (str(error).splitlines() or ["its plugin is not installed"])[0]
         raise ValueError(
             f"device = {device}: jax finds no such device here ({reason}). Install the matching extra "
             "(dynamo_jax[tpu] or dynamo_jax[cuda]), or set device=auto or device=cpu."
@@ -64,7 +64,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if len(devices) < config.size:
         raise ValueError(
             f"mesh = data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} needs {config.size} devices, "
-            f"but there are {len(devices)} ({devices[0].device_kind}). Set a smaller mesh.data, mesh.fsdp or mesh.tensor."
+            f"but there are {len(devices)} ({devices[0].device_kind}). Set a smaller mesh.data, mesh.fsdp or "
+            "mesh.tensor."
         )
     if len(devices) > config.size:
         log.warning("The mesh uses %d of %d devices; the others stay idle.", config.size, len(devices))

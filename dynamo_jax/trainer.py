@@ -111,6 +111,7 @@ class Trainer:
         self._stop_if_asked()
 
         with self._phase("grade"):
+            killed = self.task.verifier.counts.get("killed", 0)
             texts = decode_rollouts(rollouts, self.task.tokenizer)
             pairs = [(text, prompts.answers[p]) for text, p in zip(texts, prompt_of_B, strict=True)]
             reward_B = np.array(self.task.verifier.grade_batch(pairs), np.float32)
@@ -127,23 +128,23 @@ class Trainer:
             drift = to_host([drift for _, drift in scored])
 
         with self._phase("update"):
-            updates = []
+            updates: list[dict[str, Any]] = []
             for batch, (old, _) in zip(batches, scored, strict=True):
                 # Eq. 29 and H are the current policy's; before a step's first update that is the one scored already.
                 now = self.programs.score(self.state.params, batch)[0] if updates else old
                 self.state, metrics = self.programs.update(self.state, batch, old, now)
                 updates.append(metrics)
             self.stats = self.allocation.record(self.stats, prompts.index_P, prompt_of_B, reward_B, step)
-            updates, skipped = to_host((updates, self.state.skipped))
+            updates = to_host(updates)
 
-        self._warn_of_skipped(step, updates)
+        skipped = self._count_skipped(step, updates)
         self._save_samples(step, prompts, prompt_of_B, rollouts, texts, reward_B)
         return {
             **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
             **allocation_metrics(counts_P, success_P),
             **rollout_metrics(rollouts, reward_B, prompt_of_B, counts_P, self._seconds["sample"]),
-            **{f"verifier/{name}": count for name, count in self.task.verifier.counts.items()},
-            "objective/skipped_updates": int(skipped),
+            "verifier/killed": self.task.verifier.counts.get("killed", 0) - killed,
+            "objective/skipped_updates": skipped,
             "rollout/logp_drift": float(max(drift)),
             "data/epoch": step * c.rollout.prompts / len(self.task.train),
         }
@@ -165,7 +166,8 @@ class Trainer:
             self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
             stack.callback(self.bar.close)
             if done is None:
-                self._finish(0, self._evaluate(0))
+                sizes = [leaf.size for leaf in jax.tree.leaves(self.state.params)]
+                self._finish(0, {"policy/parameters": sum(sizes), **self._evaluate(), **self._times()})
             for step in range((done or 0) + 1, c.trainer.steps + 1):
                 self._run_step(step)
 
@@ -178,11 +180,8 @@ class Trainer:
             self._save(step - 1)
             raise
         if step == c.trainer.steps or (c.eval.every and step % c.eval.every == 0):
-            metrics |= self._evaluate(step)
-        metrics |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        metrics["time/step"] = time.perf_counter() - began
-        self._seconds = {}
-        self._finish(step, metrics)
+            metrics |= self._evaluate()
+        self._finish(step, {**metrics, **self._times(), "time/step": time.perf_counter() - began})
         if self._stop_signal_of_all():
             self._save(step)
             self._stop_if_asked()
@@ -208,8 +207,9 @@ class Trainer:
         self.data.restore(host["data"])
         log.info("Resuming after step %d", done)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        e, metrics = self.config.eval, {}
+    def _evaluate(self) -> dict[str, float]:
+        e = self.config.eval
+        metrics: dict[str, float] = {}
         with self._phase("eval"):
             for number, prompts in enumerate(self.task.evals):
                 # The same random numbers each time: scores differ by the policy, not by luck.
@@ -230,8 +230,9 @@ class Trainer:
     def _finish(self, step: int, metrics: dict[str, Any]) -> None:
         """Write the step's line, then its checkpoint if one is due: a checkpoint is never newer than its metrics."""
         c = self.config
-        scores = [metrics.get(f"eval/{prompts.name}/pass@{min(c.eval.k)}") for prompts in self.task.evals]
-        score = float(np.mean(scores)) if scores and None not in scores else None
+        names = [f"eval/{prompts.name}/pass@{min(c.eval.k)}" for prompts in self.task.evals]
+        scores = [metrics[name] for name in names if name in metrics]
+        score = float(np.mean(scores)) if scores else None
         if self.log:
             self.log.write(step, metrics)
         if step:
@@ -282,11 +283,15 @@ class Trainer:
         folder.mkdir(exist_ok=True)
         write_atomic(folder / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
 
-    def _warn_of_skipped(self, step: int, updates: list[dict[str, Any]]) -> None:
+    def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
+        """How many of the step's updates were skipped, each with a warning that names the metric and the step."""
+        skipped = 0
         for number, update in enumerate(updates, 1):
-            for name in ("objective/loss", "objective/grad_norm"):
-                if not np.isfinite(update[name]):
-                    log.warning("step %d, update %d: %s is %s; the update is skipped", step, number, name, update[name])
+            bad = [name for name in ("objective/loss", "objective/grad_norm") if not np.isfinite(update[name])]
+            skipped += bool(bad)
+            for name in bad:
+                log.warning("step %d, update %d: %s is %s; the update is skipped", step, number, name, update[name])
+        return skipped
 
     def _open_log(self, done: int | None) -> MetricsLog:
         c = self.config
@@ -302,16 +307,22 @@ class Trainer:
     def _key(self, step: int, stream: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.root, step), stream)
 
+    def _times(self) -> dict[str, float]:
+        """`time/<phase>` in seconds since the last call. A checkpoint's time is in the line after it."""
+        times = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        self._seconds = {}
+        return times
+
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `time/<name>` of the step's metrics."""
+        """Adds the seconds spent inside to `time/<name>`."""
         began = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C ask the loop to stop where nothing is lost; the second Ctrl-C is not waited for."""
+        """SIGTERM and the first Ctrl-C ask the loop to stop where nothing is lost; a second Ctrl-C stops at once."""
         if threading.current_thread() is not threading.main_thread():
             yield  # Python delivers signals to the main thread only
             return

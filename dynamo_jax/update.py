@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dynamo_jax.batch import TokenStats, TrainBatch
 from dynamo_jax.config import Config, OptimizerConfig
 from dynamo_jax.kernels import token_stats
-from dynamo_jax.objective import Normalizer, entropy_change, modulate, normalizer, policy_loss
+from dynamo_jax.objective import entropy_change, modulate, normalizer, policy_loss
 from dynamo_jax.policy.model import Decoder, param_shardings
 from dynamo_jax.sharding import sharding
 
@@ -65,7 +65,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 def abstract_state(abstract_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state as `ShapeDtypeStruct`s, each moment sharded as its parameter is. Allocates nothing."""
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params)
-    return jax.tree.map(  # type: ignore[no-any-return]
+    return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
     )
 
@@ -124,7 +124,9 @@ class Programs:
             stats = score_rollouts(nnx.merge(graph, params), batch, config)
             return stats, logp_drift(batch, stats.logp)
 
-        def update(state: TrainState, batch: TrainBatch, old: TokenStats, now: TokenStats) -> tuple[TrainState, Metrics]:
+        def update(
+            state: TrainState, batch: TrainBatch, old: TokenStats, now: TokenStats
+        ) -> tuple[TrainState, Metrics]:
             self.traces["update"] += 1
             return update_policy(graph, state, batch, old, now, self.optimizer, config)
 
@@ -144,7 +146,7 @@ class Programs:
 def score_rollouts(model: Decoder, batch: TrainBatch, config: Config) -> TokenStats:
     """`completion_stats` of a mini-batch, one micro-batch at a time."""
     micro = micro_batches(batch, config.micro_batch)
-    return whole(jax.lax.map(lambda b: completion_stats(model, b, config.rollout.temperature), micro))  # type: ignore[no-any-return]
+    return whole(jax.lax.map(lambda b: completion_stats(model, b, config.rollout.temperature), micro))
 
 
 def update_policy(

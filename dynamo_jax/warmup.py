@@ -25,14 +25,15 @@ from dynamo_jax.update import completion_mask, completion_stats
 def warm_up(
     policy: DecoderConfig, config: Config, heldout: list[str], key: jax.Array, each_step: Callable[[int], None]
 ) -> Any:
-    """Parameters, as host arrays, after `config.warmup.steps` steps of Adam with a cosine schedule from `init_policy`.
+    """Parameters, as host arrays, after `config.warmup.steps` steps of Adam, linear then cosine, from `init_policy`.
 
     Minimises the mean over the batch's completion tokens of -log pi(token), end-of-sequence included. `policy` has no
     mesh. `heldout` problems are left out. `each_step(steps done)` is called after every step, for progress and signals.
     """
     w, tokenizer = config.warmup, ArithmeticTokenizer()
     graph, _ = abstract_policy(policy)
-    optimizer = optax.adam(optax.cosine_decay_schedule(w.learning_rate, w.steps))
+    rate = optax.warmup_cosine_decay_schedule(0.0, w.learning_rate, max(w.steps // 20, 1), w.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     @jax.jit
     def step(params: Any, opt_state: Any, batch: TrainBatch) -> tuple[Any, Any]:

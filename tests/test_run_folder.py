@@ -64,12 +64,23 @@ def test_config_that_changes_the_result_is_refused_with_each_difference(tmp_path
     new = dataclasses.replace(old, seed=7, optimizer=dataclasses.replace(old.optimizer, learning_rate=1e-6))
     with RunFolder(tmp_path) as folder:
         folder.check_or_write_config(old)
+        (tmp_path / "checkpoints" / "0").mkdir(parents=True)
         before = snapshot(tmp_path)
         with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.0005 -> 1e-06; seed: 0 -> 7") as caught:
             folder.check_or_write_config(new)
         assert "run_dir" in str(caught.value)
         assert "put the values back" in str(caught.value)
         assert snapshot(tmp_path) == before
+
+
+def test_config_may_be_corrected_before_the_first_checkpoint(tmp_path):
+    old = config(tmp_path)
+    new = dataclasses.replace(old, seed=7)
+    with RunFolder(tmp_path) as folder:
+        folder.check_or_write_config(old)
+        (tmp_path / "checkpoints").mkdir()
+        folder.check_or_write_config(new)
+        assert folder.config_path.read_text() == dump_config(new)
 
 
 def test_free_keys_take_their_new_values(tmp_path):

@@ -64,6 +64,9 @@ def _task_problems(c: Config) -> list[Problem]:
         if value:
             why = "task.kind = arithmetic makes its own problems and tokenizer"
             problems.append((key, value, why, "Set task.kind=math to train on files."))
+    if c.task.arithmetic.train_prompts < c.rollout.prompts:
+        why = f"a step takes rollout.prompts = {c.rollout.prompts} different prompts"
+        problems.append(("task.arithmetic.train_prompts", c.task.arithmetic.train_prompts, why, "Ask for more."))
     operations = c.task.arithmetic.max_operations
     if c.task.max_prompt_tokens < 2 * operations + 2:
         why = f"a chain of {operations} operations has {2 * operations + 2} tokens"

@@ -39,13 +39,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _apply_override(tree, override)
     config = _parse(path, tree)
     for key, value, why, remedy in impossible(config):
-        raise ConfigError(f"{path}: {key} = {value}: {why}. {remedy}")
+        raise ConfigError(f"{path}: {key} = {json.dumps(value)}: {why}. {remedy}")
     return config
 
 
 def resolved(config: Config) -> dict[str, Any]:
     """The complete tree as plain dicts, lists and scalars: what `config.yaml` of a run folder holds."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return, call-overload]
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
 
 
 def dump_config(config: Config) -> str:
@@ -79,7 +79,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -94,7 +94,7 @@ _Loader.add_implicit_resolver(
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # a 13th month, a list as a key, ...
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -129,8 +129,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _parse(path: Path, tree: dict[str, Any]) -> Config:
     try:
+        text = json.dumps(tree, default=str, ensure_ascii=False).encode()
+    except ValueError as error:  # an anchor inside itself, half a surrogate pair
+        raise ConfigError(f"{path}: holds what no config can: {error}. Write plain values.") from None
+    try:
         # JSON mode: strict about numbers and strings, yet lists become tuples.
-        return pydantic.TypeAdapter(Config).validate_json(json.dumps(tree, default=str))
+        return pydantic.TypeAdapter(Config).validate_json(text)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from None
 
@@ -145,7 +149,9 @@ def _explain(error: Any) -> str:
         return f"{key}: unknown key. {hint}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: is missing. Add it to the file or give it as {key}=VALUE."
-    return f"{key} = {error['input']!r}: {error['msg'].replace('Input should', 'should')}. Correct it."
+    why = error["msg"].replace("Input should", "should").replace("an object", "a section of keys")
+    why = why.replace("a valid array", "a list, such as [1, 8]")  # pydantic speaks of JSON, the file is YAML
+    return f"{key} = {json.dumps(error['input'])}: {why}. Correct it."
 
 
 def _keys_of(section: Any, parents: list[str]) -> list[str]:

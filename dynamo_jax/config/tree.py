@@ -180,7 +180,7 @@ class TrainerConfig:
 class EvalConfig:
     every: NonNegativeInt = 25  # steps; 0: only before the first and after the last step
     samples: PositiveInt = 8
-    k: tuple[PositiveInt, ...] = (1, 8)
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
@@ -203,8 +203,8 @@ class LoggingConfig:
 class Config:
     """The whole run. `resolved` writes it back as plain YAML types."""
 
-    run_dir: str
-    seed: NonNegativeInt = 0
+    run_dir: Annotated[str, Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # jax and grain take no larger one
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     task: TaskConfig = TaskConfig()
     warmup: WarmupConfig = WarmupConfig()

@@ -21,12 +21,13 @@ def decoder_config(config: Config, tokenizer_size: int, mesh: Mesh | None) -> De
     shape = p.architecture if p.load is None else read_architecture(p.load)
     if shape is None:
         raise ConfigError("policy.load and policy.architecture are both missing: give one of them")
-    shape = dataclasses.replace(shape, vocab_size=shape.vocab_size or tokenizer_size)
-    if shape.vocab_size < tokenizer_size:
+    vocab_size = shape.vocab_size or tokenizer_size
+    if vocab_size < tokenizer_size:
         raise ConfigError(
-            f"{source}: vocab_size = {shape.vocab_size} is smaller than the tokenizer, which has ids up to "
+            f"{source}: vocab_size = {vocab_size} is smaller than the tokenizer, which has ids up to "
             f"{tokenizer_size - 1}. Use the tokenizer that belongs to the policy, or a larger vocab_size."
         )
+    shape = dataclasses.replace(shape, vocab_size=vocab_size)
     for key, value, why, remedy in architecture_problems(shape, config.mesh):
         raise ConfigError(f"{source}: {key} = {value}: {why}. {remedy}")
     return DecoderConfig(shape, p.param_dtype, p.compute_dtype, p.remat, mesh)

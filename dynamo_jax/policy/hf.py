@@ -151,7 +151,7 @@ def load_hf(folder: str | Path, config: DecoderConfig) -> nnx.State:
             loaded: jax.Array = jax.device_put(stacked) if config.mesh is None else to_mesh(stacked, x.sharding)
             return loaded
 
-        return jax.tree_util.tree_map_with_path(load, shapes)  # type: ignore[no-any-return]
+        return jax.tree_util.tree_map_with_path(load, shapes)
 
 
 def save_hf(

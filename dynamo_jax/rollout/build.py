@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -10,11 +11,20 @@ from jax.sharding import Mesh
 from dynamo_jax.config import Config
 from dynamo_jax.policy.model import Decoder
 from dynamo_jax.rollout.sampler import Sampler, SamplerConfig, window_size
-from dynamo_jax.tasks.tokenizer import Tokenizer
+
+
+class SpecialTokens(Protocol):
+    """All that sampling asks of a tokenizer."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def pad_id(self) -> int: ...
 
 
 def make_samplers(
-    graph: nnx.GraphDef[Decoder], config: Config, tokenizer: Tokenizer, mesh: Mesh
+    graph: nnx.GraphDef[Decoder], config: Config, tokenizer: SpecialTokens, mesh: Mesh
 ) -> tuple[Sampler, Sampler]:
     """The sampler of training rollouts and the one of evaluation: one and the same if their settings agree."""
     r, e = config.rollout, config.eval

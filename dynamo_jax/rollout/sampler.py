@@ -142,10 +142,10 @@ class Sampler:
         rows = sharding(mesh, "batch")
         one = sharding(mesh)
         self._inputs = (rows, rows, rows, rows, one)
-        self.program: Callable[..., Rollouts] = jax.jit(program, out_shardings=Rollouts(rows, rows, rows, rows))
+        self.program: Callable[..., Rollouts] = jax.jit(program, out_shardings=rows)
 
     def sample(self, params: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, key: jax.Array) -> Rollouts:
-        """Rollouts as host arrays. `prompt_of_B`, nondecreasing, has the slot in `prompts` of each of any number of them.
+        """Any number of rollouts, as host arrays. `prompt_of_B`, nondecreasing, has the slot in `prompts` of each.
 
         A piece ends when it has `config.batch` rollouts or `config.window` prompts; what is missing to a full piece is
         filled with copies of its last rollout, whose results are dropped.
@@ -165,7 +165,7 @@ class Sampler:
                 np.asarray(jax.random.key_data(key)),
             )
             *inputs, key_data = to_mesh(arrays, self._inputs)
-            out = self.program(params, *inputs, jax.random.wrap_key_data(key_data))
+            out = self.program(params, *inputs, jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(key)))
             pieces.append((out, len(rows_b)))
             start += len(rows_b)
         host = [jax.tree.map(lambda x, n=n: x[:n], to_host(out)) for out, n in pieces]

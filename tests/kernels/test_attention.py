@@ -1,0 +1,79 @@
+"""Attention by blocks of queries equals attention at once, and float32 asks for full precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dynamo_jax.kernels import attention as module
+from dynamo_jax.kernels.attention import attention
+
+
+def inputs(dtype, Q, S=None, B=2, N=4, K=2, H=8):
+    """Queries in the last Q of S slots; padding on the left of the first row and on the right of the last."""
+    rng, S = np.random.default_rng(0), S or Q
+    q, k, v = (jnp.asarray(rng.normal(size=(B, n, heads, H)), dtype) for n, heads in ((Q, N), (S, K), (S, K)))
+    valid = np.ones((B, S), bool)
+    valid[0, :3], valid[-1, S - 2 :] = False, False
+    return q, k, v, jnp.arange(S - Q, S), jnp.asarray(valid)
+
+
+def loss_and_gradients(f, q, k, v, slot, valid):
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+    seen = (valid[:, None, :] & (jnp.arange(k.shape[1]) <= slot[:, None])).any(-1)  # a query without keys means nothing
+    weight = jnp.where(seen[..., None, None], weight, 0.0)
+
+    def loss(q, k, v):
+        out = f(q, k, v, slot, valid)
+        return jnp.sum(out.astype(jnp.float32) * weight), out * (weight != 0)
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return out, gradients
+
+
+@pytest.mark.parametrize(("queries", "slots"), [(32, 32), (29, 29), (17, 40), (16, 16), (1, 40)])
+def test_blocks_change_nothing(monkeypatch, queries, slots):
+    """Block sizes that divide the queries, leave a tail, and are larger than they are."""
+    monkeypatch.setattr(module, "BLOCK", 8)
+    arguments = inputs(jnp.float32, queries, slots)
+    out, gradients = loss_and_gradients(attention, *arguments)
+    expected, expected_gradients = loss_and_gradients(module._plain, *arguments)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_bfloat16_blocks_are_as_exact_as_all_at_once(monkeypatch):
+    """Against float32: sums of the blocks' gradients in bfloat16 would be several times further off."""
+    monkeypatch.setattr(module, "BLOCK", 4)
+    arguments = inputs(jnp.bfloat16, 64)
+    wide = [x.astype(jnp.float32) for x in arguments[:3]]
+    exact = loss_and_gradients(module._plain, *wide, *arguments[3:])
+    plain = loss_and_gradients(module._plain, *arguments)
+    blocks = loss_and_gradients(attention, *arguments)
+
+    def error(got):
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
+        return np.array([float(jnp.sqrt(jnp.mean(jnp.square(a.astype(jnp.float32) - b)))) for a, b in pairs])
+
+    assert jax.tree.leaves(blocks)[0].dtype == jnp.bfloat16
+    assert (error(blocks) < 1.1 * error(plain)).all()
+
+
+def test_no_array_of_all_scores(monkeypatch):
+    """[queries, keys] appears in neither pass: a block of it does."""
+    monkeypatch.setattr(module, "BLOCK", 16)
+    q, k, v, slot, valid = inputs(jnp.float32, 64, N=2)
+    text = jax.jit(lambda *x: loss_and_gradients(attention, *x)).lower(q, k, v, slot, valid).as_text()
+    assert "x16x64xf32" in text
+    assert "x64x64xf32" not in text
+
+
+@pytest.mark.parametrize(("dtype", "full"), [(jnp.float32, True), (jnp.bfloat16, False)])
+def test_float32_is_multiplied_as_float32(dtype, full):
+    """Forward and backward; bfloat16 is left on the fast path."""
+    arguments = inputs(dtype, 16)
+    text = jax.jit(lambda *x: loss_and_gradients(module._plain, *x)).lower(*arguments).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) >= 6
+    assert all(("HIGHEST" in line) == full for line in products)

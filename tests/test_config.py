@@ -1,0 +1,172 @@
+"""The config tree: strict reading, overrides, round trips, what a resume may change."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynamo_jax.config import Config, ConfigError, differences, dump_config, load_config, resolved
+from dynamo_jax.config.load import FREE_ON_RESUME
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+# What a recipe leaves open because it is on the user's disk.
+OPEN = ["task.train=[train.jsonl]", "task.tokenizer=folder"]
+MINIMAL = "run_dir: r\npolicy: {architecture: {}}\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Config:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load_and_say_how_they_are_run(path):
+    text = path.read_text()
+    needs_files = yaml.safe_load(text)["task"]["kind"] == "math"
+    config = load_config(path, OPEN if needs_files else [])
+    assert config.run_dir
+    assert text.startswith(f"# dynamo-jax train configs/{path.name}")
+
+
+def test_there_are_recipes():
+    assert {"arithmetic_cpu", "gsm8k_tiny_cpu"} <= {path.stem for path in RECIPES}
+
+
+def test_import_and_load_need_neither_jax_nor_numpy():
+    code = (
+        "import sys; from dynamo_jax.config import load_config; load_config(sys.argv[1]);"
+        "sys.exit(bool({'jax', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code, CONFIGS / "arithmetic_cpu.yaml"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-6", 1e-6), ("1E-6", 1e-6), ("+1.5e+3", 1500.0), (".5e0", 0.5), ("5.e-1", 0.5), ("2", 2.0), ("0.25", 0.25)],
+)
+def test_numbers_are_read_as_people_write_them(tmp_path, text, value):
+    from_file = load(tmp_path, f"{MINIMAL}optimizer: {{learning_rate: {text}}}\n")
+    from_override = load(tmp_path, MINIMAL, f"optimizer.learning_rate={text}")
+    assert from_file.optimizer.learning_rate == from_override.optimizer.learning_rate == value
+
+
+def test_what_only_looks_like_a_number_stays_a_text(tmp_path):
+    assert load(tmp_path, MINIMAL, "run_dir=runs/1e-6").run_dir == "runs/1e-6"
+    assert load(tmp_path, MINIMAL, "run_dir=1e-6x").run_dir == "1e-6x"
+
+
+def test_overrides_replace_add_and_come_in_order(tmp_path):
+    overrides = ("seed=3", "seed=4", "policy.architecture.num_layers=5", "eval.k=[1, 2]", "rollout.top_p=0.5")
+    config = load(tmp_path, MINIMAL + "eval: {samples: 4}\n", *overrides)
+    assert (config.seed, config.policy.architecture.num_layers, config.eval.k) == (4, 5, (1, 2))
+    assert config.eval.samples == 4  # its neighbours in the file stay
+    assert config.rollout.top_p == 0.5
+
+
+def test_override_may_open_a_section_that_the_file_leaves_empty(tmp_path):
+    assert load(tmp_path, "run_dir: r\npolicy:\n", "policy.architecture.hidden_size=32").policy.architecture is not None
+    assert load(tmp_path, "run_dir: r\n", "policy.load=a=b").policy.load == "a=b"  # only the first `=` divides
+
+
+def test_a_file_may_leave_out_everything_with_a_default(tmp_path):
+    config = load(tmp_path, MINIMAL)
+    assert config == dataclasses.replace(Config(run_dir="r"), policy=config.policy)
+    assert config.mini_batch == config.micro_batch == config.rollout_batch == 64 * 8
+
+
+def test_batch_sizes_follow_from_one_another(tmp_path):
+    config = load(tmp_path, MINIMAL, "trainer.mini_batch=128")
+    assert (config.mini_batch, config.micro_batch, config.rollout_batch) == (128, 128, 512)
+    config = load(tmp_path, MINIMAL, "trainer.mini_batch=128", "trainer.micro_batch=32", "rollout.batch=64")
+    assert (config.mini_batch, config.micro_batch, config.rollout_batch) == (128, 32, 64)
+
+
+def test_nothing_can_be_changed_after_loading(tmp_path):
+    config = load(tmp_path, MINIMAL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.trainer.steps = 3
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_resolved_text_reads_back_to_the_same_config(tmp_path, path):
+    kind = yaml.safe_load(path.read_text())["task"]["kind"]
+    config = load_config(path, ["optimizer.learning_rate=1e-7", *(OPEN if kind == "math" else [])])
+    written = dump_config(config)
+    assert load(tmp_path, written) == config
+    # Any YAML reader gets the same values, not only ours: 1.0e-07, never 1e-07.
+    assert yaml.safe_load(written) == resolved(config)
+
+
+def test_the_resolved_tree_has_every_key_with_plain_values(tmp_path):
+    tree = resolved(load(tmp_path, MINIMAL))
+    assert tree["eval"]["k"] == [1, 8]
+    assert tree["policy"]["load"] is None
+    assert set(tree) == {field.name for field in dataclasses.fields(Config)}
+
+
+# --- what a resume may change
+
+
+def changed(tmp_path: Path, *overrides: str) -> list[str]:
+    return differences(resolved(load(tmp_path, MINIMAL)), resolved(load(tmp_path, MINIMAL, *overrides)))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["run_dir=x", "device=cpu", "mesh.data=2", "trainer.steps=7", "trainer.micro_batch=64", "rollout.batch=64",
+     "policy.remat=true", "checkpoint.every=3", "checkpoint.keep=9", "logging.progress=false", "verifier.workers=7"],
+)  # fmt: skip
+def test_where_and_how_fast_may_change_on_resume(tmp_path, override):
+    assert changed(tmp_path, override) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("seed=1", "seed: 0 -> 1"),
+        ("trainer.mini_batch=256", "trainer.mini_batch: None -> 256"),
+        ("optimizer.learning_rate=1e-3", "optimizer.learning_rate: 0.0005 -> 0.001"),
+        ("policy.architecture.num_layers=3", "policy.architecture.num_layers: 2 -> 3"),
+        ("policy.compute_dtype=bfloat16", "policy.compute_dtype: 'float32' -> 'bfloat16'"),
+        ("eval.k=[1]", "eval.k: [1, 8] -> [1]"),
+        ("verifier.timeout=1", "verifier.timeout: 5.0 -> 1.0"),
+        ("rollout.top_k=5", "rollout.top_k: 0 -> 5"),
+    ],
+)
+def test_what_changes_the_result_is_named(tmp_path, override, difference):
+    assert changed(tmp_path, override) == [difference]
+
+
+def test_a_section_that_appears_is_a_difference(tmp_path):
+    loaded = resolved(load(tmp_path, "run_dir: r\npolicy: {load: folder}\n"))
+    names = [line.partition(":")[0] for line in differences(resolved(load(tmp_path, MINIMAL)), loaded)]
+    assert {"policy.load", "policy.architecture.hidden_size"} <= set(names)
+
+
+def test_free_keys_exist(tmp_path):
+    tree = resolved(load(tmp_path, MINIMAL))
+    for key in FREE_ON_RESUME:
+        node = tree
+        for part in key.split("."):
+            assert part in node, f"{key}: a typing error here would let nothing through"
+            node = node[part]
+
+
+# --- errors of the tree; those of whole files and commands are in test_cli.py and test_cli_config.py
+
+
+def test_every_wrong_key_is_reported_at_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, MINIMAL, "trainer.stepz=1", "seed=-1")
+    assert len(str(error.value).splitlines()) == 2
+    assert "trainer.stepz" in str(error.value)
+    assert "seed = -1" in str(error.value)
+
+
+def test_config_errors_are_value_errors():
+    assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,184 @@
+"""`dynamo-jax plan`: the programs that it compiles are the trainer's, and what it says of those that do not fit."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from dynamo_jax.config import load_config
+from dynamo_jax.plan import GIB, ProgramPlan, compile_jobs, jobs, plan_command, run_jobs
+from dynamo_jax.sharding import make_mesh
+from dynamo_jax.tasks.task import build_task
+from dynamo_jax.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+ARITHMETIC = ROOT / "configs" / "arithmetic_cpu.yaml"
+SMALL = [
+    "warmup.steps=0", "rollout.prompts=8", "rollout.per_prompt=4", "rollout.batch=16", "trainer.mini_batch=16",
+    "trainer.micro_batch=8", "task.arithmetic.heldout_prompts=4", "eval.samples=2", "eval.k=[1]",
+    "logging.rollouts_per_step=0", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2",
+]  # fmt: skip
+
+MATH = ["task.kind=math", "task.train=[no/data.parquet]", "task.tokenizer=no/tokenizer"]
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is missing: pip install dynamo_jax[tpu]"
+)
+
+
+def small_config(tmp_path, *overrides):
+    return load_config(ARITHMETIC, [*SMALL, f"run_dir={tmp_path / 'run'}", *overrides])
+
+
+def test_planned_programs_are_those_that_the_trainer_runs(tmp_path):
+    """A step and an evaluation after the plan trace nothing again: function, shapes and dtypes were the same."""
+    config = small_config(tmp_path, "eval.temperature=0.5")
+    mesh = make_mesh(config.mesh)
+    trainer = Trainer(config, build_task(config), mesh)
+    trainer._start()
+    programs = (trainer.programs, trainer.allocation, trainer.sampler, trainer.eval_sampler)
+    found = jobs(config, mesh, *programs)
+    assert [job.name for job in found] == ["allocate", "sample", "sample (eval)", "score", "update", "record"]
+    for job in found:
+        job.function.lower(*job.arguments)
+    trainer.step(1)
+    trainer._evaluate(1)
+    assert trainer.programs.traces == {"score": 1, "update": 1}
+    assert trainer.allocation.traces == {"allocate": 1, "record": 1}
+    assert (trainer.sampler.traces, trainer.eval_sampler.traces) == (1, 1)
+
+
+def test_memory_of_a_device_is_reported(tmp_path):
+    """On CPU devices, whose compiler reports it too: the arguments are the shards, the moments are kept meanwhile."""
+    config = small_config(tmp_path)
+    found = {job.name: job for job in run_jobs(config, make_mesh(config.mesh))}
+    assert "sample (eval)" not in found  # its settings are the training sampler's
+    (update,) = compile_jobs([found["update"]])
+    score = next(iter(compile_jobs([found["score"]])))
+    state = found["update"].arguments[0]
+    params, moments = (
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(tree))
+        for tree in (state.params, state.opt_state)
+    )
+    assert update.arguments >= params + moments
+    assert params <= score.arguments < params + moments
+    assert score.resident >= moments
+    assert score.peak == score.arguments + score.outputs + score.temporaries + score.resident
+    assert update.verdict(hbm=None) == update.verdict(hbm=16 * GIB) == "fits"
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_a_known_vocabulary_needs_no_tokenizer_weights_or_data(tmp_path, load):
+    sizes = {"hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "vocab_size": 96}
+    if load:
+        names = {"num_heads": "num_attention_heads"}
+        text = {names.get(key, key): value for key, value in sizes.items()}
+        text |= {"model_type": "qwen2", "num_hidden_layers": 2, "num_key_value_heads": 2}
+        (tmp_path / "config.json").write_text(json.dumps(text))
+        policy = ["policy.architecture=null", f"policy.load={tmp_path}"]
+    else:
+        policy = [f"policy.architecture={json.dumps(sizes)}"]
+    config = small_config(tmp_path, *MATH, *policy)
+    found = run_jobs(config, make_mesh(config.mesh))
+    assert [job.name for job in found] == ["allocate", "sample", "score", "update", "record"]
+    embedding = next(job for job in found if job.name == "score").arguments[0]["embedding"]
+    assert embedding.get_value().shape == (96, 32)
+
+
+def test_an_unknown_vocabulary_needs_the_tokenizer(tmp_path):
+    config = small_config(tmp_path, *MATH)
+    with pytest.raises(ValueError, match="no/tokenizer"):
+        run_jobs(config, make_mesh(config.mesh))
+
+
+def test_without_libtpu_the_error_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install dynamo_jax\[tpu\]"):
+        plan_command(small_config(tmp_path), "v5e:2x2")
+
+
+def test_verdict_names_the_remedy():
+    plan = ProgramPlan("update", GIB, 1.0, arguments=GIB, outputs=0, temporaries=2 * GIB)
+    assert plan.peak == 4 * GIB
+    assert plan.verdict(4 * GIB) == "fits"
+    assert "beside the 1.000 GiB" in plan.verdict(3.5 * GIB)
+    assert "policy.remat=true" in plan.verdict(3.5 * GIB)
+    failed = ProgramPlan("sample", 0, 1.0, error="Ran out of memory.")
+    assert failed.peak is None
+    assert failed.verdict(None).startswith("does not fit: Ran out of memory. Remedy: lower rollout.batch")
+
+
+def test_the_recipes_of_the_paper_are_its_published_script():
+    for name in ("1.5b", "7b"):
+        path = ROOT / "configs" / f"qwen2.5_math_{name}.yaml"
+        c = load_config(path)
+        assert (c.rollout.prompts, c.rollout.budget, c.mini_batch) == (512, 512 * 16, 32 * 16)
+        assert (c.allocation.low, c.allocation.high) == (8, 24)
+        assert c.task.max_prompt_tokens + c.rollout.max_tokens == 4096  # the model's positions
+        head = path.read_text().partition("run_dir")[0]
+        assert head.startswith(f"# dynamo-jax train configs/{path.name}\n")
+        assert "NOT YET RUN" in head
+
+
+def run(*arguments):
+    """In a process of its own: libtpu takes a lock, and jax here runs on eight CPU devices already."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+@needs_libtpu
+def test_plan_of_a_slice():
+    mesh = ["mesh.fsdp=2", "mesh.tensor=2"]
+    done = run("-m", "dynamo_jax", "plan", str(ARITHMETIC), *mesh, "--topology", "v5e:2x2")
+    assert done.returncode == 0, done.stderr
+    title, _, *rows = done.stdout.splitlines()
+    assert title.startswith("v5e:2x2: 4 x TPU v5 lite, 15.75 GiB")
+    assert [row.split()[0] for row in rows] == ["allocate", "sample", "score", "update", "record"]
+    assert all(row.endswith("  fits") for row in rows)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "override", "message"),
+    [
+        ("v5e:2x2", "mesh.fsdp=8", "needs 8 devices, but there are 4 (TPU v5 lite)"),
+        ("v5e", "seed=0", "--topology v5e: "),
+        ("v9z:2x2", "seed=0", "--topology v9z:2x2: "),
+    ],
+)
+def test_a_slice_that_does_not_do_is_one_line(topology, override, message):
+    done = run("-m", "dynamo_jax", "plan", str(ARITHMETIC), override, "--topology", topology)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+OUT_OF_MEMORY = """
+import jax, jax.numpy as jnp
+from dynamo_jax.config import MeshConfig
+from dynamo_jax.plan import Job, compile_jobs, topology_devices
+from dynamo_jax.sharding import make_mesh, sharding
+
+where = sharding(make_mesh(MeshConfig(fsdp=4), topology_devices("v5e:2x2")), "batch")
+x = jax.ShapeDtypeStruct((4, 2**33), jnp.float32, sharding=where)
+(plan,) = compile_jobs([Job("update", jax.jit(lambda x: x * 2), (x,))])
+print(plan.verdict(None))
+"""
+
+
+@needs_libtpu
+def test_out_of_memory_is_one_line_with_a_remedy():
+    done = run("-c", OUT_OF_MEMORY)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("does not fit: Ran out of memory")
+    assert "15.75G" in line
+    assert line.endswith("or take a larger mesh.")

@@ -1,0 +1,324 @@
+"""The policy update: alignment, accumulation, clipping, dtypes, skipped updates, and what the backward pass keeps."""
+
+import dataclasses
+import math
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dynamo_jax import update as module
+from dynamo_jax.batch import TokenStats, TrainBatch
+from dynamo_jax.config import (
+    ArchitectureConfig,
+    Config,
+    MeshConfig,
+    ModulationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+from dynamo_jax.kernels import token_stats
+from dynamo_jax.objective.policy_loss import AGGREGATIONS
+from dynamo_jax.policy import Decoder, abstract_policy
+from dynamo_jax.policy.build import decoder_config
+from dynamo_jax.sharding import make_mesh
+from dynamo_jax.update import (
+    Programs,
+    completion_mask,
+    completion_stats,
+    init_state,
+    learning_rate_schedule,
+    logp_drift,
+    make_optimizer,
+    micro_batches,
+    token_advantages,
+    update_policy,
+    whole,
+)
+
+M, L, C, V = 8, 4, 6, 16
+LENGTHS = np.array([6, 1, 3, 1, 5, 2, 6, 4], np.int32)
+SHAPE = ArchitectureConfig(
+    hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=16, vocab_size=V,
+    tie_word_embeddings=False,
+)  # fmt: skip
+CONFIG = Config(
+    run_dir="unused",
+    policy=PolicyConfig(architecture=SHAPE),
+    rollout=RolloutConfig(prompts=2, per_prompt=4, max_tokens=C, temperature=0.7),
+)
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # values are compared here, not speed
+
+
+def replaced(config: Config = CONFIG, **sections: dict[str, Any]) -> Config:
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def graph_of(config: Config) -> nnx.GraphDef[Decoder]:
+    return abstract_policy(decoder_config(config, V, None))[0]
+
+
+@cache
+def params(config: Config = CONFIG) -> Any:
+    """Random, the norms and biases too."""
+    rng = np.random.default_rng(0)
+    abstract = abstract_policy(decoder_config(config, V, None))[1]
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0.3, 0.4, x.shape), x.dtype), abstract)
+
+
+def batch() -> TrainBatch:
+    """Lengths from 1 token to all, prompts from 1 token to all; padding holds tokens like any other."""
+    rng = np.random.default_rng(1)
+    return TrainBatch(
+        prompt_tokens_ML=rng.integers(0, V, (M, L)).astype(np.int32),
+        prompt_length_M=np.array([4, 1, 2, 3, 4, 1, 2, 3], np.int32),
+        tokens_MC=rng.integers(0, V, (M, C)).astype(np.int32),
+        length_M=LENGTHS,
+        advantage_M=np.array([1.0, -0.5, 0.7, -1.2, 0.0, 2.0, -0.1, 0.4], np.float32),
+        sampled_logp_MC=rng.normal(-2, 0.5, (M, C)).astype(np.float32),
+    )
+
+
+@cache
+def old_stats() -> TokenStats:
+    """Of a policy that is not the current one, far enough for some tokens to be clipped."""
+    stats = now_stats()
+    shift = np.random.default_rng(2).normal(0, 0.3, (M, C)).astype(np.float32)
+    return TokenStats(stats.logp + shift, stats.entropy + 0.1, stats.lambda_mean * 1.1)
+
+
+@cache
+def now_stats() -> TokenStats:
+    return jax.jit(lambda p: completion_stats(nnx.merge(graph_of(CONFIG), p), batch(), 0.7))(params())
+
+
+def updated(config: Config, optimizer: optax.GradientTransformation | None = None) -> tuple[Any, dict[str, float]]:
+    """One update of `params()`. Plain gradient descent at rate 1 by default: the change is the gradient."""
+    optimizer = optimizer or optax.sgd(1.0)
+    run = partial(update_policy, graph_of(config), optimizer=optimizer, config=config)
+    program = jax.jit(run, compiler_options=FAST_COMPILE)
+    state, metrics = program(init_state(params(), optimizer), batch(), old_stats(), now_stats())
+    return state.params, {name: float(value) for name, value in metrics.items()}
+
+
+def test_statistics_are_those_of_each_row_alone_without_padding() -> None:
+    """Slot L - 1 predicts the first token, whatever stands in the padding: a row on its own has none to be wrong."""
+    model, rows, stats = nnx.merge(graph_of(CONFIG), params()), batch(), now_stats()
+    for m, (start, length) in enumerate(zip(L - rows.prompt_length_M, rows.length_M, strict=True)):
+        tokens = np.concatenate([rows.prompt_tokens_ML[m, start:], rows.tokens_MC[m, :length]])
+        hidden = model(tokens[None], np.ones((1, len(tokens)), bool))[0, L - start - 1 : -1]
+        logp = np.asarray(jax.nn.log_softmax(model.logits(hidden) / 0.7), np.float64)
+        taken = logp[np.arange(length), rows.tokens_MC[m, :length]]
+        entropy = -np.sum(np.exp(logp) * logp, axis=1)
+        lambda_mean = np.sum(np.exp(2 * logp) * (logp + entropy[:, None]), axis=1)
+        for found, expected in zip(stats, (taken, entropy, lambda_mean), strict=True):
+            np.testing.assert_allclose(found[m, :length], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_micro_batches_add_up_to_the_whole(aggregation: str) -> None:
+    """Modulation on, so its extremes are the mini-batch's; rows of one token and of all."""
+    expected, metrics = updated(replaced(objective={"aggregation": aggregation}))
+    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(params()), strict=True)]
+    assert min(moved) > 1e-4  # every parameter has a gradient to be compared
+    assert 0.0 < metrics["objective/clip_fraction"] < 0.9
+    assert metrics["modulation/comp_max"] > 1.01
+    for size in (1, 2):
+        config = replaced(objective={"aggregation": aggregation}, trainer={"micro_batch": size, "mini_batch": M})
+        found, found_metrics = updated(config)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+        assert found_metrics == pytest.approx(metrics, abs=1e-5)
+
+
+def test_gradient_is_that_of_the_loss_written_out() -> None:
+    """Token-mean, dual clip, no modulation, from logits of the whole vocabulary, differentiated by jax."""
+    config, rows, old = replaced(modulation={"enabled": False}), batch(), old_stats()
+
+    def loss(p: Any) -> jax.Array:
+        model = nnx.merge(graph_of(config), p)
+        tokens = np.concatenate([rows.prompt_tokens_ML, rows.tokens_MC], axis=1)
+        slots = np.arange(L + C)
+        valid = (slots >= (L - rows.prompt_length_M)[:, None]) & (slots < (L + rows.length_M)[:, None])
+        logp = jax.nn.log_softmax(jax.vmap(model.logits)(model(tokens, valid)[:, L - 1 : -1]) / 0.7)
+        logp = jnp.take_along_axis(logp, rows.tokens_MC[..., None], axis=-1)[..., 0]
+        ratio, A = jnp.exp(logp - old.logp), rows.advantage_M[:, None]
+        values = jnp.maximum(-A * ratio, -A * jnp.clip(ratio, 0.8, 1.2))
+        values = jnp.where(A < 0, jnp.minimum(values, -A * 10.0), values)
+        return jnp.sum(values * completion_mask(rows.length_M, C)) / LENGTHS.sum()
+
+    value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=FAST_COMPILE)(params())
+    found, metrics = updated(config)
+    assert metrics["objective/loss"] == pytest.approx(float(value), abs=1e-5)
+    assert metrics["objective/grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
+    expected = jax.tree.map(lambda p, g: p - g, params(), grads)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+    assert not [name for name in metrics if name.startswith("modulation/")]
+
+
+def test_modulation_by_hand() -> None:
+    """The factors of every token from their equations in float64; extremes over the tokens of the whole mini-batch."""
+    old, now, mask = old_stats(), now_stats(), np.asarray(completion_mask(LENGTHS, C))
+    m = ModulationConfig(gamma=5.0, tau=0.5)
+    config = dataclasses.replace(CONFIG, modulation=m, objective=ObjectiveConfig(clip_ratio_c=3.0))
+    found, metrics = token_advantages(batch().advantage_M, old, now, mask, config)
+
+    A = batch().advantage_M[:, None].astype(np.float64) * mask
+    logp, H, lam = (np.asarray(x, np.float64) for x in now)
+    ratio = np.exp(logp - old.logp)
+    free = ((A > 0) & (ratio <= 1.2)) | ((A < 0) & (ratio >= 0.8) & (ratio <= 3.0))
+    xi = np.abs(free * ratio * A * (np.exp(logp) * (logp + H) - lam))
+    real = H[mask > 0]
+    comp = np.where(A > 0, 1 + m.alpha * (real.max() - H) / (real.max() - real.min()), 1.0)
+    stab = m.lambda_min + (1 - m.lambda_min) / (1 + np.exp(m.gamma * (xi / xi.max() - m.tau)))
+    np.testing.assert_allclose(found, A * comp * stab, atol=1e-5)
+    assert float(metrics["modulation/comp_mean"]) == pytest.approx(comp[mask > 0].mean(), abs=1e-5)
+    assert float(metrics["modulation/stab_min"]) == pytest.approx(stab[mask > 0].min(), abs=1e-5)
+
+    off = dataclasses.replace(config, modulation=dataclasses.replace(m, enabled=False))
+    found, metrics = token_advantages(batch().advantage_M, old, now, mask, off)
+    np.testing.assert_array_equal(found, batch().advantage_M[:, None] * mask)
+    assert metrics == {}
+
+
+def test_learning_rate_by_hand() -> None:
+    rate = learning_rate_schedule(OptimizerConfig(learning_rate=0.4, warmup_steps=4))
+    np.testing.assert_allclose([rate(u) for u in (0, 1, 3, 4, 99)], [0.1, 0.2, 0.4, 0.4, 0.4], rtol=1e-6)
+    assert learning_rate_schedule(OptimizerConfig(learning_rate=0.4))(0) == pytest.approx(0.4)
+
+
+def test_clipped_adamw_by_hand() -> None:
+    """Two updates, the first at half the rate and clipped from norm 10 to 2, the second below the limit."""
+    config = OptimizerConfig(
+        learning_rate=0.1, warmup_steps=2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5, max_grad_norm=2.0
+    )
+    optimizer = make_optimizer(config)
+    w = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
+    state = optimizer.init(w)
+    p, mean, square = np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
+    for t, (g, scale) in enumerate(((np.array([6.0, 0.0, 8.0]), 0.2), (np.array([0.3, 1.0, -0.5]), 1.0)), 1):
+        changes, state = optimizer.update({"a": jnp.array(g[:2]), "b": jnp.array(g[2])}, state, w)
+        w = optax.apply_updates(w, changes)
+        g = g * scale
+        mean, square = 0.8 * mean + 0.2 * g, 0.9 * square + 0.1 * g**2
+        step = mean / (1 - 0.8**t) / (np.sqrt(square / (1 - 0.9**t)) + 1e-3) + 0.5 * p
+        p = p - (0.05 if t == 1 else 0.1) * step
+        np.testing.assert_allclose([*w["a"], w["b"]], p, rtol=1e-5)
+
+
+def programs(config: Config) -> Programs:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    decoder = decoder_config(config, V, mesh)
+    return Programs(*abstract_policy(decoder), config, mesh)
+
+
+def copies(state: Any) -> Any:
+    return jax.tree.map(lambda x: np.array(x), (state.params, state.opt_state))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_update_that_is_not_finite_changes_nothing_but_its_count(value: float) -> None:
+    """The state is donated, so that the program itself must hand the old values on."""
+    p = programs(replaced(trainer={"mini_batch": M, "micro_batch": 4}, optimizer={"warmup_steps": 10}))
+    state = p.init(jax.tree.map(jnp.copy, params()))
+    state, _ = p.update(state, batch(), old_stats(), now_stats())  # moments that could be lost
+    before = copies(state)
+    bad = batch()._replace(advantage_M=np.where(np.arange(M) == 3, value, batch().advantage_M).astype(np.float32))
+    state, metrics = p.update(state, bad, old_stats(), now_stats())
+    jax.tree.map(np.testing.assert_array_equal, copies(state), before)
+    assert (int(state.updates), int(state.skipped)) == (1, 1)
+    assert not np.isfinite(metrics["objective/loss"])
+
+    state, metrics = p.update(state, batch(), old_stats(), now_stats())
+    assert (int(state.updates), int(state.skipped)) == (2, 1)
+    assert np.isfinite(metrics["objective/loss"])
+    assert float(metrics["objective/learning_rate"]) == pytest.approx(2 / 10 * 5e-4)  # a skipped update takes no turn
+    changed = [np.any(a != b) for a, b in zip(jax.tree.leaves(copies(state)), jax.tree.leaves(before), strict=True)]
+    assert all(changed)
+    assert p.traces["update"] == 1
+
+
+def test_bfloat16_parameters_keep_their_dtype_and_have_float32_moments() -> None:
+    config = replaced(policy={"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}, optimizer={"learning_rate": 0.1})
+    p = programs(config)
+    before = jax.tree.map(lambda x: np.asarray(x, np.float32), params(config))
+    state = p.init(params(config))
+    for _ in range(2):
+        state, metrics = p.update(state, batch(), old_stats(), now_stats())
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert {x.dtype for x in moments} == {jnp.dtype("float32")}
+    # A moment that went through bfloat16 on the way would have its last 16 bits empty.
+    assert all(np.any(np.asarray(x).view(np.uint32) & 0xFFFF) for x in moments)
+    assert p.traces["update"] == 1
+    assert metrics["objective/loss"].dtype == jnp.float32
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a, np.float32) - b).max(), state.params, before)
+    assert min(jax.tree.leaves(moved)) > 0.05
+
+
+def sizes(jaxpr: Any) -> list[int]:
+    """The number of elements of every value in a program, those inside its loops and calls included."""
+    found = [math.prod(v.aval.shape) for v in (*jaxpr.invars, *jaxpr.constvars)]
+    for equation in jaxpr.eqns:
+        found += [math.prod(v.aval.shape) for v in equation.outvars]
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            found += sizes(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_no_array_of_tokens_by_vocabulary_anywhere_in_the_update(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed: a vocabulary of a million makes the logits of all tokens larger than all else together.
+
+    With the reference kernel there is such an array: the search is able to find it.
+    """
+    vocabulary, rows = 2**20, 64
+    config = replaced(
+        policy={"architecture": dataclasses.replace(SHAPE, vocab_size=vocabulary)},
+        rollout={"prompts": 8, "per_prompt": 8},
+        trainer={"mini_batch": rows, "micro_batch": rows},
+    )
+    monkeypatch.setattr(module, "token_stats", partial(token_stats, impl=impl))
+    graph, abstract = abstract_policy(decoder_config(config, V, None))
+    optimizer = make_optimizer(config.optimizer)
+    state = jax.eval_shape(partial(init_state, optimizer=optimizer), abstract)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), (batch(), now_stats()))
+    run = partial(update_policy, graph, optimizer=optimizer, config=config)
+    program = jax.make_jaxpr(run)(state, shapes[0], shapes[1], shapes[1])
+    logits = rows * C * vocabulary
+    assert max(sizes(program.jaxpr)) < logits / 4 or impl == "reference"
+    assert max(sizes(program.jaxpr)) >= logits or impl == "auto"
+
+
+def test_micro_batches_are_strided_and_whole_is_their_inverse() -> None:
+    """Each takes as many rows from every device's shard, which are contiguous: no row has to move."""
+    rows, shards, size = np.arange(24), 4, 8
+    split = np.asarray(micro_batches(rows, size))
+    assert split.shape == (3, size)
+    for micro in split:
+        np.testing.assert_array_equal(np.bincount(micro // (len(rows) // shards)), [size // shards] * shards)
+    tree = {"x": rows, "y": np.arange(48).reshape(24, 2)}
+    jax.tree.map(np.testing.assert_array_equal, whole(micro_batches(tree, size)), tree)
+
+
+def test_drift_looks_at_sampled_tokens_only() -> None:
+    rows = batch()
+    logp = rows.sampled_logp_MC.copy()
+    logp[1, 1:] = 1e9  # padding: row 1 has one token
+    assert float(logp_drift(rows, logp)) == 0.0
+    logp[2, 2] += 0.25  # its last token
+    assert float(logp_drift(rows, logp)) == pytest.approx(0.25)
+
+
+def test_one_update_a_step_needs_no_setting() -> None:
+    assert TrainerConfig().micro_batch is None
+    assert CONFIG.mini_batch == CONFIG.micro_batch == M
