@@ -32,6 +32,7 @@ TINY = {
             "vocab_size": 16, "tie_word_embeddings": False,  # tied, a random policy repeats itself and never ends
         }
     },
+    "warmup": {"steps": 3, "batch": 16},
     "rollout": {"prompts": 8, "per_prompt": 4, "max_tokens": 5},
     "allocation": {"low": 2, "high": 8, "half_life": 10.0},
     "optimizer": {"learning_rate": 5e-3},

@@ -23,7 +23,6 @@ from dynamo_jax.config import (
     OptimizerConfig,
     PolicyConfig,
     RolloutConfig,
-    TrainerConfig,
 )
 from dynamo_jax.kernels import token_stats
 from dynamo_jax.objective.policy_loss import AGGREGATIONS
@@ -317,8 +316,3 @@ def test_drift_looks_at_sampled_tokens_only() -> None:
     assert float(logp_drift(rows, logp)) == 0.0
     logp[2, 2] += 0.25  # its last token
     assert float(logp_drift(rows, logp)) == pytest.approx(0.25)
-
-
-def test_one_update_a_step_needs_no_setting() -> None:
-    assert TrainerConfig().micro_batch is None
-    assert CONFIG.mini_batch == CONFIG.micro_batch == M

@@ -56,7 +56,8 @@ def test_against_plain_evaluation():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "=", "3=", "3+4", "3+=", "+3=", "3+4*=", "34=", "3/4=", "3+4==", "3 + 4=", "a+4=", "3++4=", "3+4=7", "³+4="]
+    "text",
+    ["", "=", "3=", "3+4", "3+=", "+3=", "3+4*=", "34=", "3/4=", "3+4==", "3 + 4=", "a+4=", "3++4=", "3+4=7", "³+4="],
 )  # fmt: skip
 def test_what_is_no_chain_is_refused(text):
     with pytest.raises(ValueError, match=re.escape(repr(text))):
@@ -64,8 +65,9 @@ def test_what_is_no_chain_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("output", "right"), [("74", True), (" 74\n", True), ("4", False), ("74=", False), ("7 4", False), ("", False), ("744", False)]
-)  # fmt: skip
+    ("output", "right"),
+    [("74", True), (" 74\n", True), ("4", False), ("74=", False), ("7 4", False), ("", False), ("744", False)],
+)
 def test_only_the_whole_worked_solution_is_right(output, right):
     assert grade(output, "74") is right
 

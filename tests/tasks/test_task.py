@@ -1,0 +1,137 @@
+"""What a config's task becomes: prompts, tokenizer and grader."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynamo_jax.config import Config, load_config
+from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve
+from dynamo_jax.tasks.task import build_task, build_tokenizer, build_verifier, eval_prompts
+from dynamo_jax.tasks.verifier import Verifier
+
+
+def load(tmp_path: Path, seed: int = 0, **task: object) -> Config:
+    path = tmp_path / "c.yaml"
+    tree = {
+        "run_dir": "r", "seed": seed, "policy": {"architecture": {}}, "task": task, "rollout": {"prompts": 2},
+        "verifier": {"workers": 1, "timeout": 7.0, "memory_mb": 256},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(tree))
+    return load_config(path)
+
+
+def write(path: Path, *rows: tuple[str, str]) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"id": p, "problem": p, "answer": a}) + "\n" for p, a in rows))
+    return str(path)
+
+
+# --- arithmetic
+
+SMALL = {"train_prompts": 40, "heldout_prompts": 10, "max_operations": 3}
+
+
+def test_arithmetic(tmp_path):
+    task = build_task(load(tmp_path, arithmetic=SMALL))
+    assert isinstance(task.verifier, ArithmeticVerifier)
+    assert isinstance(task.tokenizer, ArithmeticTokenizer)
+    (heldout,) = task.evals
+    assert (task.train.name, heldout.name) == ("arithmetic", "heldout")
+    assert (len(task.train), len(heldout)) == (40, 10)
+    assert not {p.text for p in task.train.prompts} & {p.text for p in heldout.prompts}
+    for prompt in task.train.prompts + heldout.prompts:
+        assert prompt.id == prompt.text
+        assert prompt.answer == solve(prompt.text)
+        assert task.tokenizer.decode(prompt.tokens) == prompt.text
+        assert len(prompt.tokens) <= 2 * SMALL["max_operations"] + 2
+    assert task.verifier.grade_batch([(p.answer, p.answer) for p in task.train.prompts]) == [True] * 40
+
+
+def test_arithmetic_depends_on_the_seed_alone(tmp_path):
+    one, same, other = (build_task(load(tmp_path, seed, arithmetic=SMALL)) for seed in (1, 1, 2))
+    assert (one.train.fingerprint, one.evals[0].fingerprint) == (same.train.fingerprint, same.evals[0].fingerprint)
+    assert one.train.fingerprint != other.train.fingerprint
+
+
+def test_evaluation_after_training_sees_the_same_held_out_problems(tmp_path):
+    config = load(tmp_path, arithmetic=SMALL)
+    (heldout,) = eval_prompts(config, build_tokenizer(config), ())
+    assert heldout == build_task(config).evals[0]
+
+
+def test_arithmetic_can_be_evaluated_on_a_file(tmp_path):
+    config = load(tmp_path, arithmetic=SMALL, max_prompt_tokens=16)
+    file = write(tmp_path / "mine.jsonl", ("3+4=", "7"), ("3*4+2=", "24"))
+    (mine,) = eval_prompts(config, build_tokenizer(config), [file])
+    assert [(p.text, p.answer) for p in mine.prompts] == [("3+4=", "7"), ("3*4+2=", "24")]
+
+
+def test_a_file_with_other_characters_is_refused(tmp_path):
+    config = load(tmp_path, arithmetic=SMALL, max_prompt_tokens=16)
+    file = write(tmp_path / "mine.jsonl", ("What is 3+4?", "7"))
+    with pytest.raises(ValueError, match="no token for"):
+        eval_prompts(config, build_tokenizer(config), [file])
+
+
+# --- math
+
+
+@pytest.fixture
+def math_task(tmp_path: Path, shared: Path) -> dict[str, object]:
+    return {
+        "kind": "math",
+        "tokenizer": str(shared / "data" / "qwen2.5-math-1.5b"),
+        "train": [write(tmp_path / "a.jsonl", ("1+1=?", "2")), write(tmp_path / "b.jsonl", ("2+2=?", "4"))],
+        "eval": [write(tmp_path / "bench" / "x.jsonl", ("3+3=?", "6")), write(tmp_path / "y.jsonl", ("4+4=?", "8"))],
+        "max_prompt_tokens": 128,
+    }
+
+
+@pytest.mark.shared
+def test_math(tmp_path, math_task):
+    task = build_task(load(tmp_path, **math_task, instruction="\nBe brief."))
+    assert task.train.name == "a+b"
+    assert [(p.id, p.answer) for p in task.train.prompts] == [("1+1=?", "2"), ("2+2=?", "4")]
+    assert [prompts.name for prompts in task.evals] == ["x", "y"]
+    text = task.train.prompts[0].text
+    assert "<|im_start|>user\n1+1=?\nBe brief.<|im_end|>" in text
+    assert text.endswith("<|im_start|>assistant\n")
+    # Training and evaluation write their prompts alike.
+    assert task.evals[0].prompts[0].text == text.replace("1+1", "3+3")
+    assert task.tokenizer.encode(text) == list(task.train.prompts[0].tokens)
+    try:
+        assert task.verifier.grade_batch([("so it is \\boxed{2}", "2"), ("\\boxed{3}", "2")]) == [True, False]
+    finally:
+        task.verifier.close()
+
+
+@pytest.mark.shared
+def test_the_command_line_replaces_the_benchmarks_of_the_config(tmp_path, math_task):
+    config = load(tmp_path, **math_task)
+    tokenizer = build_tokenizer(config)
+    assert [p.name for p in eval_prompts(config, tokenizer, [])] == ["x", "y"]
+    assert [p.name for p in eval_prompts(config, tokenizer, [str(tmp_path / "a.jsonl")])] == ["a"]
+
+
+@pytest.mark.shared
+def test_two_benchmarks_of_one_name_are_refused(tmp_path, math_task):
+    config = load(tmp_path, **math_task)
+    copy = write(tmp_path / "other" / "x.jsonl", ("5+5=?", "10"))
+    with pytest.raises(ValueError, match="both called x"):
+        eval_prompts(config, build_tokenizer(config), [copy, str(tmp_path / "bench" / "x.jsonl")])
+
+
+@pytest.mark.shared
+def test_a_math_task_without_benchmarks_trains(tmp_path, math_task):
+    task = build_task(load(tmp_path, **math_task | {"eval": []}))
+    assert task.evals == ()
+
+
+def test_the_verifier_gets_its_limits_from_the_config(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("dynamo_jax.tasks.task.Verifier", lambda **limits: seen.update(limits))
+    build_verifier(load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder"))
+    assert seen == {"workers": 1, "timeout": 7.0, "memory_mb": 256}
+    Verifier(**seen).close()  # these are its names
