@@ -18,7 +18,7 @@ setup(
         "matplotlib>=3.9",
         "mpmath>=1.3",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "pyarrow>=17",
         "pydantic>=2.9",

@@ -176,19 +176,20 @@ def jobs(
     eval_sampler: Sampler,
 ) -> list[Job]:
     """Each program with the abstract values of what `trainer.py` and `rollout/sampler.py` call it with."""
-    rows, whole = sharding(mesh, "batch"), sharding(mesh)
+    rows = sharding(mesh, "batch")
     P, B, C, L = config.rollout.prompts, config.rollout.budget, config.rollout.max_tokens, config.task.max_prompt_tokens
 
     def split(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
-    def everywhere(*shape: int, dtype: Any = jnp.int32, weak_type: bool = False) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole, weak_type=weak_type)
+    def host(*shape: int, dtype: Any = jnp.int32, weak_type: bool = False) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak_type)  # numpy arrays come without a sharding
 
     state, stats = programs.abstract_state, allocation.abstract_stats
-    key = everywhere(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    step = everywhere(weak_type=True)  # a Python integer
-    index_P, reward_B = everywhere(P), everywhere(B, dtype=jnp.float32)
+    key_type = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    key: Any = jax.ShapeDtypeStruct((), key_type, sharding=sharding(mesh))
+    step = host(weak_type=True)  # a Python integer
+    index_P, reward_B = host(P), host(B, dtype=jnp.float32)
 
     def mini_batch(M: int) -> tuple[TrainBatch, TokenStats]:
         tokens_MC, float_MC, float_M = split(M, C), split(M, C, dtype=jnp.float32), split(M, dtype=jnp.float32)
@@ -210,7 +211,7 @@ def jobs(
         *found,
         Job("score", programs.score, (state.params, batch), (moments, waiting)),
         Job("update", programs.update, (state, batch, old, old), (stats, waiting)),
-        Job("record", allocation.record, (stats, index_P, everywhere(B), reward_B, step), state),
+        Job("record", allocation.record, (stats, index_P, host(B), reward_B, step), state),
     ]
 
 

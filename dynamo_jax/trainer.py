@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import signal
@@ -156,13 +157,13 @@ class Trainer:
             stack.enter_context(self._signals())
             self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
             done = self.checkpoints.latest()
+            self.log = self._open_log(done) if writer else None
+            if self.log:
+                stack.callback(self.log.close)
             if done is None:
                 self._start()
             else:
                 self._resume(done)
-            self.log = self._open_log(done) if writer else None
-            if self.log:
-                stack.callback(self.log.close)
             self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
             stack.callback(self.bar.close)
             if done is None:
@@ -194,7 +195,8 @@ class Trainer:
         elif c.warmup.steps:
             heldout = [prompt.text for prompts in self.task.evals for prompt in prompts.prompts]
             log.info("Supervised warm-up: %d steps", c.warmup.steps)
-            host = warm_up(self.decoder, c, heldout, key, lambda _: self._stop_if_asked())
+            alone = dataclasses.replace(self.decoder, mesh=None)
+            host = warm_up(alone, c, heldout, key, lambda _: self._stop_if_asked())
             params = to_mesh(host, param_shardings(host, self.mesh))
         else:
             params = init_policy(self.decoder, key)

@@ -190,7 +190,7 @@ def update_policy(
     micro = micro_batches((batch, old.logp, advantage_MC, mask_MC), config.micro_batch)
     (loss, sums), grads = _sum_over_micro_batches(lambda m: gradient(state.params, m), micro)
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
     proposed = (optax.apply_updates(state.params, changes), opt_state)

@@ -32,7 +32,7 @@ def warm_up(
     """
     w, tokenizer = config.warmup, ArithmeticTokenizer()
     graph, _ = abstract_policy(policy)
-    rate = optax.warmup_cosine_decay_schedule(0.0, w.learning_rate, max(w.steps // 20, 1), w.steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, w.learning_rate, max(w.steps // 20, 1), max(w.steps, 2))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     @jax.jit

@@ -102,6 +102,7 @@ VALUES = {
     "allocation.high=7": ["allocation.high = 7", "hold only 448", "512", "at least 8"],
     "trainer.mini_batch=100": ["trainer.mini_batch = 100", "divide the 512 rollouts", "divisor"],
     "trainer.micro_batch=100": ["trainer.micro_batch = 100", "mini-batch of 512", "divisor"],
+    "trainer={mini_batch: 128, micro_batch: 256}": ["trainer.micro_batch = 256", "mini-batch of 128", "divisor"],
     "rollout.batch=100": ["rollout.batch = 100", "divide the 512 rollouts", "divisor"],
     "mesh.data=3": ["trainer.micro_batch = 512", "mesh.data * mesh.fsdp = 3 * 1", "multiple of 3"],
     "mesh={data: 2, fsdp: 512}": ["= 2 * 512", "multiple of 1024", "smaller mesh"],

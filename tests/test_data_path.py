@@ -134,7 +134,7 @@ def train_until(folder: Path, steps: int) -> tuple[Echo, Strict, list[Any], loop
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def seen(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("data_path") / "run"
     parts = [train_until(folder, steps) for steps in (RESUMED_AFTER, STEPS)]
     sampled = [step for echo, *_ in parts for step in echo.steps]

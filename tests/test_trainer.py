@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from jax.experimental.compilation_cache import compilation_cache
 
 from dynamo_jax import cli
 from dynamo_jax import trainer as loop
@@ -21,6 +20,8 @@ from dynamo_jax.config import load_config
 from dynamo_jax.metrics import read_metrics
 from dynamo_jax.tasks.arithmetic import ArithmeticVerifier
 from dynamo_jax.tasks.task import build_task
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 STEPS = 5
 TINY = {
@@ -107,20 +108,6 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in x.items() if not k.startswith("time/") and "per_second" not in k} for x in lines]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_each_program_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every run here has its own trainer, which traces anew; XLA's cache spares compiling the same program again."""
-    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes")
-    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
-    for name, value in zip(before, (str(tmp_path_factory.mktemp("xla")), 0.0, -1), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 def write_config(folder: Path, **sections: Any) -> Path:
     path = folder.parent / f"{folder.name}.yaml"
     path.write_text(yaml.safe_dump(TINY | {"run_dir": str(folder)} | sections))
@@ -149,13 +136,13 @@ def run(folder: Path, *overrides: str, poison: int = 0) -> Run:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def whole(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Five steps of two updates each, evaluations in between, on one device, without interruption."""
     return run(tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture(scope="module")
-def on_mesh(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def on_mesh(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(tmp_path_factory.mktemp("mesh") / "run", *MESH)
 
 
@@ -221,6 +208,12 @@ def assert_same(a: Run, b: Run) -> None:
 def test_eight_devices_sample_and_learn_the_same(whole: Run, on_mesh: Run) -> None:
     assert len(on_mesh.trainer.state.params.embedding[...].sharding.device_set) == 8
     assert_same(whole, on_mesh)
+
+
+def test_the_policy_after_warm_up_does_not_know_the_mesh(whole: Run, on_mesh: Run) -> None:
+    """To the bit: a hundred optimizer steps turn the last bit of a sum into another policy."""
+    one, eight = (x.trainer.seen[0]["before"].params for x in (whole, on_mesh))
+    jax.tree.map(np.testing.assert_array_equal, one, eight)
 
 
 def test_micro_batches_of_a_quarter_learn_the_same(whole: Run, tmp_path: Path) -> None:
@@ -310,8 +303,3 @@ def test_update_that_is_not_finite_is_skipped_counted_and_named(tmp_path: Path, 
     assert np.isfinite(poisoned.metrics[3]["objective/loss"])
     for name in ("objective/loss", "objective/grad_norm"):
         assert f"step 2, update {skipped - 1}: {name} is nan; the update is skipped" in messages
-
-
-def test_run_without_modulation_has_no_factors(tmp_path: Path) -> None:
-    plain = run(tmp_path / "run", "trainer.steps=1", "modulation.enabled=false")
-    assert not [name for x in plain.metrics for name in x if name.startswith("modulation/")]

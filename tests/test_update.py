@@ -112,7 +112,8 @@ def updated(config: Config, optimizer: optax.GradientTransformation | None = Non
 def test_statistics_are_those_of_each_row_alone_without_padding() -> None:
     """Slot L - 1 predicts the first token, whatever stands in the padding: a row on its own has none to be wrong."""
     model, rows, stats = nnx.merge(graph_of(CONFIG), params()), batch(), now_stats()
-    for m, (start, length) in enumerate(zip(L - rows.prompt_length_M, rows.length_M, strict=True)):
+    for m in (1, 2, 6):  # one token after one, some of each, all after two: each shape is compiled
+        start, length = L - rows.prompt_length_M[m], rows.length_M[m]
         tokens = np.concatenate([rows.prompt_tokens_ML[m, start:], rows.tokens_MC[m, :length]])
         hidden = model(tokens[None], np.ones((1, len(tokens)), bool))[0, L - start - 1 : -1]
         logp = np.asarray(jax.nn.log_softmax(model.logits(hidden) / 0.7), np.float64)
@@ -131,11 +132,10 @@ def test_micro_batches_add_up_to_the_whole(aggregation: str) -> None:
     assert min(moved) > 1e-4  # every parameter has a gradient to be compared
     assert 0.0 < metrics["objective/clip_fraction"] < 0.9
     assert metrics["modulation/comp_max"] > 1.01
-    for size in (1, 2):
-        config = replaced(objective={"aggregation": aggregation}, trainer={"micro_batch": size, "mini_batch": M})
-        found, found_metrics = updated(config)
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, expected)
-        assert found_metrics == pytest.approx(metrics, abs=1e-5)
+    quarter = replaced(objective={"aggregation": aggregation}, trainer={"micro_batch": M // 4, "mini_batch": M})
+    found, found_metrics = updated(quarter)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+    assert found_metrics == pytest.approx(metrics, abs=1e-5)
 
 
 def test_gradient_is_that_of_the_loss_written_out() -> None:

@@ -63,8 +63,8 @@ def test_rules_share_as_they_say() -> None:
     index_P = np.arange(P, dtype=np.int32)
     for rule, weight_P in (("uniform", np.ones(P)), ("bernoulli", variance_P), ("neyman", np.sqrt(variance_P))):
         counts_P = np.asarray(programs(rule, low=1, half_life=1e9).allocate(stats, index_P, 1)[0])
-        np.testing.assert_allclose(counts_P, B * weight_P / weight_P.sum(), atol=1.0)
-        np.testing.assert_array_equal(counts_P[[0, 1, 2]], counts_P[[3, 4, 5]])
+        np.testing.assert_allclose(counts_P, np.maximum(B * weight_P / weight_P.sum(), 1), atol=1.0)
+        assert np.abs(counts_P[[0, 1, 2]] - counts_P[[3, 4, 5]]).max() <= 1  # equals may have to share an odd number
 
 
 def test_history_moves_the_allocation_and_fades() -> None:

@@ -113,9 +113,11 @@ def test_the_split_has_the_sizes_asked_for_and_nothing_in_common(train, heldout,
 
 
 def test_both_parts_have_the_same_mix_of_lengths():
-    # Short chains are few: drawn first, they would all be training problems and the held-out score would be another's.
-    means = [np.mean([len(operations(problem)) for problem in part]) for part in split_problems(0, 2048, 256, 6)]
-    assert means[0] == pytest.approx(means[1], abs=0.35)  # 3 standard errors of the 256
+    # The 243 chains of one operation are all found early: were the first problems drawn the training ones, hardly any
+    # would be held out, and the held-out score would be one of harder problems.
+    heldout = split_problems(0, 3000, 400, 2)[1]
+    short = sum(len(operations(problem)) == 1 for problem in heldout)
+    assert short == pytest.approx(243 * 400 / 3400, abs=18)  # 4 standard deviations
 
 
 def test_the_split_depends_on_the_seed_alone():
