@@ -16,6 +16,10 @@ from dynamo_jax.config import MeshConfig
 
 log = logging.getLogger("dynamo_jax")
 
+# XLA's CPU programs split sums over their threads, as many as there are cores or virtual devices: one number for all
+# machines and meshes makes their last bits, and with them a hundred optimizer steps, equal.
+CPU_THREADS = "8"
+
 # Logical axis of an array -> mesh axes that it is split over. Every sharding in the package is looked up here.
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -26,6 +30,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     None: None,
 }
+
+CPU_THREADS = 8  # of each process on a CPU, whatever the number of cores; a mesh of more devices has one for each
 
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
@@ -41,8 +47,12 @@ def start_devices(device: str, mesh: MeshConfig) -> None:
 
     Raises `ValueError` where the machine has no device of the asked kind.
     """
+    os.environ.setdefault("PJRT_NPROC", CPU_THREADS)
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    # XLA's CPU backend makes as many threads as there are cores or devices, and splits the sums of a matrix product by
+    # their number (measured with jaxlib 0.10.2): the last bits, and after a warm-up the policy, would depend on it.
+    os.environ.setdefault("PJRT_NPROC", str(CPU_THREADS))
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         processes, process = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=processes, process_id=process)
