@@ -31,8 +31,6 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
 }
 
-CPU_THREADS = 8  # of each process on a CPU, whatever the number of cores; a mesh of more devices has one for each
-
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """The sharding of an array whose dimensions have these logical axes; missing trailing ones are not split."""
@@ -50,9 +48,6 @@ def start_devices(device: str, mesh: MeshConfig) -> None:
     os.environ.setdefault("PJRT_NPROC", CPU_THREADS)
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
-    # XLA's CPU backend makes as many threads as there are cores or devices, and splits the sums of a matrix product by
-    # their number (measured with jaxlib 0.10.2): the last bits, and after a warm-up the policy, would depend on it.
-    os.environ.setdefault("PJRT_NPROC", str(CPU_THREADS))
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         processes, process = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=processes, process_id=process)
