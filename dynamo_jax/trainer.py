@@ -119,7 +119,7 @@ class Trainer:
         self._stop_if_asked()
 
         with self._phase("score"):
-            advantage_B = to_host(self.advantage(reward_B, prompt_of_B))
+            advantage_B = np.asarray(self.advantage(reward_B, prompt_of_B))
             order_B = np.random.default_rng([c.seed, step, PERMUTE]).permutation(c.rollout.budget)
             batches = [
                 to_mesh(train_batch(prompts, prompt_of_B, rollouts, advantage_B, rows_M), sharding(self.mesh, "batch"))
