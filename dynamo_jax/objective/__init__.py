@@ -1,14 +1,33 @@
-"""How a step learns from its rollouts: group-relative advantages, their modulation, the clipped policy loss."""
+"""How a step learns from its rollouts: advantages, what is made of them token by token, and the policy loss."""
 
-from dynamo_jax.objective.advantage import group_advantage
+from dynamo_jax.objective.advantage import group_advantage, group_weight
 from dynamo_jax.objective.modulation import entropy_change, modulate
-from dynamo_jax.objective.policy_loss import Normalizer, normalizer, policy_loss
+from dynamo_jax.objective.policy_loss import Normalizer, log_ratio, normalizer, policy_loss
+from dynamo_jax.objective.selection import (
+    clip_cov_tokens,
+    covariance,
+    fork_tokens,
+    kl_cov_tokens,
+    largest,
+    token_priority,
+)
+from dynamo_jax.objective.shaping import entropy_advantage, overlong_penalty
 
 __all__ = [
     "Normalizer",
+    "clip_cov_tokens",
+    "covariance",
+    "entropy_advantage",
     "entropy_change",
+    "fork_tokens",
     "group_advantage",
+    "group_weight",
+    "kl_cov_tokens",
+    "largest",
+    "log_ratio",
     "modulate",
     "normalizer",
+    "overlong_penalty",
     "policy_loss",
+    "token_priority",
 ]

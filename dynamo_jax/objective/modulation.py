@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dynamo_jax.objective.policy_loss import probability_ratio
+from dynamo_jax.objective.policy_loss import check_clip, probability_ratio
+
+BASELINES = ("exact", "sequence_mean")
 
 # The released code's; where all entropies, or all entropy changes, are equal up to rounding, the factors become 1.
 _EPSILON = 1e-8
@@ -23,42 +25,60 @@ def entropy_change(
     lambda_mean: jax.Array,
     advantages: jax.Array,
     mask: jax.Array,
-    clip_low: float,
-    clip_high: float,
+    clip_low: float | None,
+    clip_high: float | None,
     clip_ratio_c: float | None = None,
+    *,
+    baseline: str = "exact",
+    log_ratio: jax.Array | None = None,
 ) -> jax.Array:
     """First-order change of a token's policy entropy under a policy-gradient step, Eq. 29 of arXiv 2602.19208:
 
         dH_t = -xi_t (pi_t Lam_t - E_{a ~ pi}[pi(a) Lam(a)]),   xi_t = 1_clip r_t A_t,   Lam(a) = log pi(a) + H,
 
     where 1_clip is 1 if (A > 0 and r <= 1 + clip_high) or (A < 0 and r >= 1 - clip_low), else 0. The expectation is
-    over the vocabulary and comes as `lambda_mean`; the released code uses the mean over the sequence in its place. With
-    `clip_ratio_c` the tokens of negative advantage that the dual clip leaves without gradient (r > clip_ratio_c) count
-    as 0 too: one of them would otherwise set the maximum that scales all others.
+    over the vocabulary and comes as `lambda_mean`. With `baseline` "sequence_mean" it is what the released code has in
+    its place: the mean of pi_t Lam_t over the tokens of the row, which has little to do with it. With `clip_ratio_c`
+    the tokens of negative advantage that the dual clip leaves without gradient (r > clip_ratio_c) count as 0 too: one
+    of them would otherwise set the maximum that scales all others. (The released code has no such rule.)
 
     Args:
         logp, old_logp: float [M, C], log-probabilities of the taken tokens now and when sampled, nats.
         entropy: float [M, C], H, nats.
-        lambda_mean: float [M, C], sum_a pi(a)^2 (log pi(a) + H), from `token_stats`.
+        lambda_mean: float [M, C], sum_a pi(a)^2 (log pi(a) + H), from `token_stats`; not read for "sequence_mean".
         advantages: float [M, 1] or [M, C].
         mask: [M, C], 1 for tokens that count.
-        clip_low, clip_high: the clip range of the ratio is [1 - clip_low, 1 + clip_high].
+        clip_low, clip_high: the clip range of the ratio is [1 - clip_low, 1 + clip_high]; both None: no clip.
         clip_ratio_c: the dual clip of `policy_loss`; None: off.
+        baseline: one of BASELINES.
+        log_ratio: float [M, C], log r, from `log_ratio`, if it is not the token's own logp - old_logp; nats.
 
     Returns:
         float32 [M, C] (float64 for float64 inputs), nats, without gradient, 0 where mask is 0.
+
+    Raises ValueError for another baseline, or if only one of clip_low and clip_high is None.
     """
+    if baseline not in BASELINES:
+        raise ValueError(f"entropy_change: baseline = {baseline!r}; choose one of {', '.join(BASELINES)}.")
+    check_clip("entropy_change", clip_low, clip_high)
     logp, old_logp, entropy, lambda_mean, advantages = (
         lax.stop_gradient(jnp.asarray(x, jnp.result_type(x, jnp.float32)))
         for x in (logp, old_logp, entropy, lambda_mean, advantages)
     )
-    ratio = probability_ratio(logp, old_logp)
-    kept_below = ratio >= 1.0 - clip_low
+    counts = mask > 0
+    ratio = probability_ratio(logp, old_logp) if log_ratio is None else jnp.exp(lax.stop_gradient(log_ratio))
+    kept_above = kept_below = jnp.ones_like(counts)
+    if clip_low is not None and clip_high is not None:
+        kept_above, kept_below = ratio <= 1.0 + clip_high, ratio >= 1.0 - clip_low
     if clip_ratio_c is not None:
         kept_below &= ratio <= clip_ratio_c
-    has_gradient = ((advantages > 0) & (ratio <= 1.0 + clip_high)) | ((advantages < 0) & kept_below)
-    change = -ratio * advantages * (jnp.exp(logp) * (logp + entropy) - lambda_mean)
-    return jnp.where(has_gradient & (mask > 0), change, 0.0)
+    has_gradient = ((advantages > 0) & kept_above) | ((advantages < 0) & kept_below)
+    value = jnp.exp(logp) * (logp + entropy)
+    if baseline == "sequence_mean":
+        tokens = jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True, dtype=jnp.int32), 1)
+        lambda_mean = jnp.sum(jnp.where(counts, value, 0.0), axis=-1, keepdims=True) / tokens
+    change = -ratio * advantages * (value - lambda_mean)
+    return jnp.where(has_gradient & counts, change, 0.0)
 
 
 def modulate(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynamo_jax.objective import group_advantage
+from dynamo_jax.objective import group_advantage, group_weight
+from dynamo_jax.objective.advantage import KINDS
 
 GOLDEN_NAME = {"grpo": "grpo_std", "dr_grpo": "grpo_nostd", "rloo": "rloo"}
 
@@ -42,6 +43,63 @@ def test_order_does_not_matter(kind):
     f = jax.jit(group_advantage, static_argnums=(2, 3))
     one, other = f(rewards, prompt_of, 5, kind), f(rewards[order], prompt_of[order], 5, kind)
     np.testing.assert_allclose(other, one[order], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_rows_are_never_read(kind):
+    """A pool of fixed size: rows of prompt P (or any other that does not exist) change nothing and get exactly 0."""
+    rewards, prompt_of = np.float32([1, 0, 1, 1, 0]), np.int32([0, 0, 2, 2, 2])
+    expected = group_advantage(rewards, prompt_of, 3, kind)
+    for bad in (7.0, np.nan, np.inf):
+        pool = np.insert(rewards, [0, 3, 5, 5], bad), np.insert(prompt_of, [0, 3, 5, 5], [3, 3, 99, -1])
+        out = np.asarray(jax.jit(group_advantage, static_argnums=(2, 3))(*pool, 3, kind))
+        padding = (pool[1] < 0) | (pool[1] >= 3)
+        np.testing.assert_array_equal(out[padding], np.zeros(4))
+        np.testing.assert_array_equal(out[~padding], expected)
+
+
+def test_graded_rewards_by_hand():
+    # A right answer, one right but long (1 - 0.4), one wrong and long (0 - 0.3): mean 0.4333.
+    rewards, prompt_of = jnp.array([1.0, 0.6, -0.3]), jnp.zeros(3, jnp.int32)
+    mean = 1.3 / 3
+    centred = np.array([1 - mean, 0.6 - mean, -0.3 - mean])
+    np.testing.assert_allclose(group_advantage(rewards, prompt_of, 1, "dr_grpo"), centred, rtol=1e-5)
+    std = np.sqrt(np.sum(centred**2) / 2)
+    np.testing.assert_allclose(group_advantage(rewards, prompt_of, 1, "grpo"), centred / (std + 1e-6), rtol=1e-5)
+    # The others' means: 0.15, 0.35, 0.8.
+    np.testing.assert_allclose(group_advantage(rewards, prompt_of, 1, "rloo"), [0.85, 0.25, -1.1], rtol=1e-5)
+
+
+def test_w_reinforce_by_hand():
+    # No baseline: groups of one and of equal rewards count like any other. A length penalty that leaves a right answer
+    # above 0.5 does not change its sign.
+    rewards, prompt_of = jnp.array([1.0, 1.0, 0.0, 0.6, -1.0]), jnp.array([0, 0, 1, 2, 3])
+    out = group_advantage(rewards, prompt_of, 3, "w_reinforce")
+    np.testing.assert_array_equal(out, np.float32([0.1, 0.1, -1.0, 0.1, 0.0]))
+    assert out.dtype == jnp.float32
+    out = group_advantage(rewards, prompt_of, 3, "w_reinforce", positive_weight=0.0)
+    np.testing.assert_array_equal(out, np.float32([0, 0, -1, 0, 0]))
+    with pytest.raises(ValueError, match="positive_weight = -1"):
+        group_advantage(rewards, prompt_of, 3, "w_reinforce", positive_weight=-1.0)
+
+
+def test_group_weight_by_hand():
+    # Groups of 1, 0, 4 and 1 rollouts, two rows of padding: the mean of 1, 4, 1 is 2, so 2 / n is 2, 0.5, 2.
+    prompt_of = jnp.array([2, 0, 2, 4, 2, 3, 2, -1])
+    np.testing.assert_array_equal(group_weight(prompt_of, 4, "prompt"), [0.5, 2, 0.5, 0, 0.5, 2, 0.5, 0])
+    np.testing.assert_array_equal(group_weight(prompt_of, 4, "rollout"), [1, 1, 1, 0, 1, 1, 1, 0])
+    for kind in ("prompt", "rollout"):
+        assert group_weight(prompt_of, 4, kind).dtype == jnp.float32
+        np.testing.assert_array_equal(group_weight(prompt_of * 0 + 4, 4, kind), np.zeros(8))  # nothing but padding
+    with pytest.raises(ValueError, match=r"'token'.*rollout, prompt"):
+        group_weight(prompt_of, 4, "token")
+
+
+def test_group_weight_makes_every_prompt_weigh_the_same():
+    sizes = np.array([3, 24, 8, 1, 12])
+    prompt_of = np.random.default_rng(0).permutation(np.repeat(np.arange(5), sizes))
+    weight = np.asarray(group_weight(prompt_of, 5, "prompt"), np.float64)
+    np.testing.assert_allclose(np.bincount(prompt_of, weight), np.full(5, sizes.sum() / 5), rtol=1e-6)
 
 
 def test_carries_no_gradient():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dynamo_jax.kernels import token_stats
-from dynamo_jax.objective import entropy_change, modulate
+from dynamo_jax.objective import entropy_change, log_ratio, modulate
 
 DTYPES = [pytest.param(True, id="float64"), pytest.param(False, id="float32")]
 
@@ -81,6 +81,37 @@ def test_entropy_change_by_hand():
     np.testing.assert_allclose(entropy_change(*args, mask, 0.2, 0.2, clip_ratio_c=10.0), expected, rtol=1e-5)
 
 
+def test_entropy_change_with_the_mean_over_the_sequence_by_hand():
+    # pi Lam of the tokens that count: 1/2 (log 1/2 + 1), 1/4 (log 1/4 + 2); the third is padding. All ratios are 1.
+    p, entropy = np.array([[0.5, 0.25, 0.9]]), np.array([[1.0, 2.0, 5.0]])
+    value = p * (np.log(p) + entropy)
+    mean = (value[0, 0] + value[0, 1]) / 2
+    logp, mask = jnp.log(jnp.asarray(p, jnp.float32)), jnp.array([[1, 1, 0]])
+    args = (logp, logp, jnp.float32(entropy), jnp.full((1, 3), jnp.nan), jnp.array([[3.0]]), mask)
+    expected = [[-3 * (value[0, 0] - mean), -3 * (value[0, 1] - mean), 0.0]]
+    np.testing.assert_allclose(entropy_change(*args, 0.2, 0.2, baseline="sequence_mean"), expected, rtol=1e-5)
+    empty = entropy_change(*args[:-1], mask * 0, 0.2, 0.2, baseline="sequence_mean")
+    np.testing.assert_array_equal(empty, np.zeros((1, 3)))
+    with pytest.raises(ValueError, match=r"'mean'.*exact, sequence_mean"):
+        entropy_change(*args, 0.2, 0.2, baseline="mean")
+
+
+def test_entropy_change_under_another_ratio_and_without_a_clip():
+    rng = np.random.default_rng(0)
+    logp, entropy, old_logp = (jnp.float32(x) for x in rng.uniform(0.1, 2.0, (3, 2, 4)) * [[[-1]], [[1]], [[-1]]])
+    args = (entropy, -entropy, jnp.array([[1.0], [-2.0]]), jnp.ones((2, 4)))
+    own = log_ratio(logp, old_logp, args[-1], "token")
+    expected = entropy_change(logp, old_logp, *args, 0.2, 0.3)
+    np.testing.assert_array_equal(entropy_change(logp, logp * 0, *args, 0.2, 0.3, log_ratio=own), expected)
+    # Without a clip every token of nonzero advantage changes the entropy, in proportion to its ratio.
+    change = entropy_change(logp, old_logp, *args, None, None)
+    np.testing.assert_allclose(change, entropy_change(logp, logp, *args, None, None) * jnp.exp(own), rtol=1e-5)
+    assert np.all(np.asarray(change) != 0)
+    assert 0 < np.count_nonzero(expected) < 8
+    with pytest.raises(ValueError, match=r"clip_low = None and clip_high = 0.2"):
+        entropy_change(logp, old_logp, *args, None, 0.2)
+
+
 SETTINGS = {"alpha": 0.2, "lambda_min": 0.6, "gamma": 50.0, "tau": 0.9}
 
 
@@ -137,6 +168,26 @@ def test_golden_factors(shared, x64):
                 message = f"{name} of case {case['case']}"
                 expected = arrays[name][arrays["mask"] > 0]
                 np.testing.assert_allclose(np.asarray(ours)[mask], expected, limit, limit, err_msg=message)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("x64", DTYPES)
+@pytest.mark.parametrize("name", ["modulation.npz", "modulation_multi.npz"])
+def test_golden_released_estimate(shared, name, x64):
+    """With the mean over the sequence and without the dual clip, |dH| is the released Xi, however rows are packed."""
+    dtype, tolerance = (np.float64, 1e-7) if x64 else (np.float32, 2e-5)
+    estimate = jax.jit(partial(entropy_change, baseline="sequence_mean"))
+    with jax.enable_x64(x64):
+        for case, arrays in golden(shared, name):
+            inputs = ("log_prob", "old_log_prob", "entropy", "advantages")
+            logp, old_logp, entropy, advantages = (padded(arrays[k], (12, 64), dtype) for k in inputs)
+            mask = padded(arrays["mask"], (12, 64), bool)
+            clip = (case["clip_effective"]["low"], case["clip_effective"]["high"])
+            change = estimate(logp, old_logp, entropy, entropy * np.nan, advantages, mask, *clip)
+            assert change.dtype == dtype
+            expected = arrays["Xi"][arrays["mask"] > 0]
+            message = f"case {case['case']}"
+            np.testing.assert_allclose(np.abs(change)[mask], expected, tolerance, tolerance, err_msg=message)
 
 
 @pytest.mark.shared
