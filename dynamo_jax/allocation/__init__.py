@@ -1,15 +1,38 @@
-"""How a step's rollouts are shared among its prompts: success statistics, posterior variance, exact allocation."""
+"""How a step's rollouts are shared among its prompts: success statistics, and the rules that read them."""
 
-from dynamo_jax.allocation.allocate import allocate, rows_from_counts, sigma_for
-from dynamo_jax.allocation.stats import PromptStats, discounted, init_stats, posterior_variance, record
+from dynamo_jax.allocation.allocate import allocate, largest_steps, rows_from_counts, sigma_for
+from dynamo_jax.allocation.gvm import gvm_sigma
+from dynamo_jax.allocation.knapsack import knapsack
+from dynamo_jax.allocation.reinforce_ada import balanced_choice, satisfied
+from dynamo_jax.allocation.released import released_allocate, released_priority
+from dynamo_jax.allocation.stats import (
+    PromptStats,
+    discounted,
+    init_stats,
+    posterior_mean,
+    posterior_variance,
+    record,
+)
+from dynamo_jax.allocation.vip import GaussianProcess, prompt_features, vip
 
 __all__ = [
+    "GaussianProcess",
     "PromptStats",
     "allocate",
+    "balanced_choice",
     "discounted",
+    "gvm_sigma",
     "init_stats",
+    "knapsack",
+    "largest_steps",
+    "posterior_mean",
     "posterior_variance",
+    "prompt_features",
     "record",
+    "released_allocate",
+    "released_priority",
     "rows_from_counts",
+    "satisfied",
     "sigma_for",
+    "vip",
 ]

@@ -11,12 +11,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+# Gradient sizes are summed as whole multiples of this. They are below sqrt(tokens), so that int32 holds the sum of ten
+# thousand rollouts of 32k tokens.
+_NORM_UNIT = 2.0**-10
+
 
 class PromptStats(NamedTuple):
-    """Counts as of each prompt's own last step; `discounted` brings them to the present."""
+    """Sums as of each prompt's own last step; `discounted` brings them to the present."""
 
     successes_N: jax.Array  # float32
     trials_N: jax.Array  # float32
+    norm_N: jax.Array  # float32, gradient sizes of the right rollouts (`gvm`); 0 if never recorded
     last_step_N: jax.Array  # int32, the step of the last `record` that touched the prompt
 
 
@@ -27,13 +32,14 @@ def init_stats(n: int) -> PromptStats:
     """
     if n < 1:
         raise ValueError(f"init_stats: n = {n} prompts; give the number of prompts in the data set, at least 1.")
-    return PromptStats(jnp.zeros(n, jnp.float32), jnp.zeros(n, jnp.float32), jnp.zeros(n, jnp.int32))
+    zeros_N = jnp.zeros(n, jnp.float32)
+    return PromptStats(zeros_N, zeros_N, zeros_N, jnp.zeros(n, jnp.int32))
 
 
 def discounted(
     stats: PromptStats, index_P: jax.Array, step: jax.Array | int, half_life: jax.Array | float
-) -> tuple[jax.Array, jax.Array]:
-    """Successes and trials of some prompts at `step`: counts * 0.5 ** ((step - last_step) / half_life).
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums of some prompts at `step`: value * 0.5 ** ((step - last_step) / half_life).
 
     Args:
         stats: the history of all N prompts.
@@ -42,11 +48,12 @@ def discounted(
         half_life: steps after which an old result counts half, > 0.
 
     Returns:
-        (successes_P, trials_P), each float32 [P].
+        (successes_P, trials_P, norm_P), each float32 [P].
     """
     age_P = jnp.maximum(step - stats.last_step_N[index_P], 0).astype(jnp.float32)
     factor_P = jnp.exp2(-age_P / half_life).astype(jnp.float32)
-    return stats.successes_N[index_P] * factor_P, stats.trials_N[index_P] * factor_P
+    successes_P, trials_P, norm_P = (x[index_P] * factor_P for x in stats[:3])
+    return successes_P, trials_P, norm_P
 
 
 def record(
@@ -56,19 +63,23 @@ def record(
     reward_B: jax.Array,
     step: jax.Array | int,
     half_life: jax.Array | float,
+    norm_B: jax.Array | None = None,
 ) -> PromptStats:
-    """Adds a step's results: old counts of the batch's prompts decay to `step` once, then each rollout adds a trial.
+    """Adds a step's results: old sums of the batch's prompts decay to `step` once, then each rollout adds a trial.
 
-    A reward above 0.5 is a success. Prompts outside `index_P` keep their counts and their age.
+    A reward above 0.5 is a success. Prompts outside `index_P` keep their sums and their age.
 
     Args:
         stats: the history of all N prompts.
         index_P: int32 [P], rows of the data set. An index may appear twice (a batch that crosses an epoch boundary):
             its history decays once and the rollouts of both slots are added.
-        prompt_of_B: int32 [B], the slot in `index_P` of each rollout, in any order.
+        prompt_of_B: int32 [B], the slot in `index_P` of each rollout, in any order. A row of slot P is padding and is
+            ignored.
         reward_B: float [B], in the order of `prompt_of_B`.
         step: int32 scalar, the present step.
         half_life: steps after which an old result counts half, > 0.
+        norm_B: float [B], how large each rollout's gradient is (see `gvm_sigma`), added for the right ones, rounded to
+            multiples of 2^-10; None: nothing is added.
 
     Raises ValueError if `prompt_of_B` and `reward_B` differ in shape.
     """
@@ -77,19 +88,30 @@ def record(
             f"record: prompt_of_B has shape {prompt_of_B.shape} and reward_B {reward_B.shape}; "
             "give one reward a rollout."
         )
-    old_successes_P, old_trials_P = discounted(stats, index_P, step, half_life)
-    index_B = index_P[prompt_of_B]
-    success_B = (reward_B > 0.5).astype(jnp.float32)
+    N = stats.trials_N.shape[0]
+    index_B = jnp.asarray(index_P).at[prompt_of_B].get(mode="fill", fill_value=N)
+    right_B = reward_B > 0.5
+    units_B = jnp.zeros_like(index_B) if norm_B is None else jnp.round(norm_B / _NORM_UNIT).astype(jnp.int32)
+
     # New results are summed apart from the old, as whole numbers, so that the order in which a device adds them cannot
     # matter; then both slots of a doubled index write the same total.
-    zeros_N = jnp.zeros_like(stats.trials_N)
-    new_successes_N = zeros_N.at[index_B].add(success_B)
-    new_trials_N = zeros_N.at[index_B].add(1.0)
+    def total(old_N: jax.Array, old_P: jax.Array, new_B: jax.Array, unit: float = 1.0) -> jax.Array:
+        new_N = jnp.zeros(N, jnp.int32).at[index_B].add(new_B, mode="drop")
+        return old_N.at[index_P].set(old_P + new_N[index_P].astype(jnp.float32) * unit)
+
+    successes_P, trials_P, norm_P = discounted(stats, index_P, step, half_life)
     return PromptStats(
-        stats.successes_N.at[index_P].set(old_successes_P + new_successes_N[index_P]),
-        stats.trials_N.at[index_P].set(old_trials_P + new_trials_N[index_P]),
+        total(stats.successes_N, successes_P, right_B.astype(jnp.int32)),
+        total(stats.trials_N, trials_P, jnp.ones_like(index_B)),
+        total(stats.norm_N, norm_P, jnp.where(right_B, units_B, 0), _NORM_UNIT),
         stats.last_step_N.at[index_P].set(jnp.asarray(step, jnp.int32)),
     )
+
+
+def posterior_mean(successes: jax.Array, trials: jax.Array, prior: tuple[float, float] = (1.0, 1.0)) -> jax.Array:
+    """Expected success rate (successes + a) / (trials + a + b) under a Beta(a, b) prior; float32, never 0 or 1."""
+    a, b = prior
+    return (jnp.asarray(successes, jnp.float32) + a) / (trials + a + b)
 
 
 def posterior_variance(successes: jax.Array, trials: jax.Array, prior: tuple[float, float] = (1.0, 1.0)) -> jax.Array:

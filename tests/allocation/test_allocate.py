@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynamo_jax.allocation import allocate, rows_from_counts, sigma_for
+from dynamo_jax.allocation import allocate, largest_steps, rows_from_counts, sigma_for
+from dynamo_jax.allocation.allocate import scaled
 
 share = jax.jit(allocate, static_argnames=("budget", "low", "high"))
 
@@ -65,7 +66,7 @@ SMALL = [(1, 3, 1, 5), (2, 12, 3, 9), (3, 9, 1, 7), (3, 11, 2, 5), (4, 12, 1, 6)
 @pytest.mark.parametrize(("P", "budget", "low", "high"), SMALL)
 def test_equals_brute_force(P, budget, low, high):
     rng = np.random.default_rng(P * 1000 + budget)
-    sigmas = np.stack([random_sigma(rng, P) for _ in range(35)])
+    sigmas = np.stack([random_sigma(rng, P) for _ in range(84)])  # 504 cases in all
     counts = np.asarray(jax.vmap(partial(allocate, budget=budget, low=low, high=high))(sigmas))
     assert counts.dtype == np.int32
     for sigma, n in zip(sigmas, counts, strict=True):
@@ -86,6 +87,31 @@ def test_equals_greedy(P, budget, low, high):
     counts = np.asarray(jax.vmap(partial(allocate, budget=budget, low=low, high=high))(sigmas))
     for sigma, n in zip(sigmas, counts, strict=True):
         np.testing.assert_array_equal(n, greedy(sigma, budget, low, high))
+
+
+WIDE = [(64, 512, 2, 24), (3, 20000, 1, 19000), (500, 5000, 8, 24), (40, 90000, 2000, 3000), (9, 100, 10, 90)]
+
+
+@pytest.mark.parametrize(("P", "budget", "low", "high"), WIDE)
+def test_equals_the_largest_of_all_steps(P, budget, low, high):
+    """The rough threshold and its closed form change nothing: the same as choosing from the table of all gains."""
+
+    def slow(sigma):
+        n = np.arange(low, low + min(high - low, budget - P * low), dtype=np.float64)
+        table = (1 / np.sqrt(n * (n + 1))).astype(np.float32)
+        return low + largest_steps(scaled(sigma) * table[:, None], budget - P * low)
+
+    fast, slow = (jax.jit(f) for f in (partial(allocate, budget=budget, low=low, high=high), slow))
+    rng = np.random.default_rng(budget)
+    for _ in range(40):
+        sigma = random_sigma(rng, P)
+        np.testing.assert_array_equal(fast(sigma), slow(sigma))
+
+
+def test_largest_steps_by_hand():
+    gains = jnp.array([[3.0, 1.0, 2.0], [1.0, 1.0, 0.0]])
+    for extra, expected in enumerate([[0, 0, 0], [1, 0, 0], [1, 0, 1], [2, 0, 1], [2, 1, 1], [2, 2, 1], [2, 2, 2]]):
+        np.testing.assert_array_equal(largest_steps(gains, extra), expected)
 
 
 def test_worked_example():
@@ -109,6 +135,15 @@ def test_scale_does_not_matter(scale):
     sigma = np.random.default_rng(0).random(50).astype(np.float32)
     n = partial(share, budget=400, low=2, high=24)
     np.testing.assert_array_equal(n(sigma * np.float32(scale)), n(sigma))
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-10, 1.0, 1e35])
+def test_constant_sigma(scale):
+    """What XLA may compute in advance, and takes apart to do so: `uniform` is such a sigma."""
+    for sigma in (np.ones(8), np.linspace(0, 1, 8)):
+        sigma = (sigma * scale).astype(np.float32)
+        folded = jax.jit(lambda s=sigma: allocate(jnp.asarray(s), 64, 2, 24))()
+        np.testing.assert_array_equal(folded, share(sigma, budget=64, low=2, high=24))
 
 
 def test_bad_sigma_stays_within_the_bounds():
@@ -152,6 +187,7 @@ def test_one_trace_for_all_sigma():
         (41, 2, 10, ["high = 10", "only 40", "budget = 41", "at least 11"]),
         (40, 0, 10, ["low = 0", "low >= 1"]),
         (2**31, 1, 2**31, ["int32"]),
+        (200_000, 1, 150_000, ["high = 150000", "at most 100000"]),
     ],
 )
 def test_impossible_bounds_are_refused(budget, low, high, words):

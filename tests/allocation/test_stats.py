@@ -16,9 +16,10 @@ def test_record_and_discount_by_hand():
     np.testing.assert_array_equal(stats.last_step_N, [10, 0, 10, 0])
 
     # Ten steps are two half-lives: a quarter is left. Prompt 1 was never tried.
-    successes, trials = discounted(stats, jnp.array([0, 1, 2]), 20, 5.0)
+    successes, trials, norm = discounted(stats, jnp.array([0, 1, 2]), 20, 5.0)
     np.testing.assert_array_equal(successes, [0.5, 0, 0.25])
     np.testing.assert_array_equal(trials, [0.75, 0, 0.5])
+    np.testing.assert_array_equal(norm, [0, 0, 0])
 
     # Five steps later prompt 0 gets two more failures; half of its history is left. The others are as they were.
     stats = record(stats, jnp.array([0]), jnp.array([0, 0]), jnp.array([0.0, 0.5]), 15, 5.0)
@@ -33,6 +34,27 @@ def test_an_index_twice_decays_once_and_adds_both():
     # Prompt 1: 3/4 decays to 1.5/2; slot 0 adds 1/2 and slot 2 adds 2/2.
     np.testing.assert_array_equal(stats.successes_N, [1, 4.5, 0])
     np.testing.assert_array_equal(stats.trials_N, [1, 6, 0])
+
+
+def test_padding_is_ignored():
+    """Rows of slot P, whatever their reward; a prompt with nothing but its slot decays and gets no trial."""
+    index, slots = jnp.array([1, 2]), jnp.array([0, 2, 2, 0])
+    stats = record(init_stats(3), index, slots, jnp.array([1.0, 1.0, 0.0, 0.0]), 0, 2.0, jnp.full(4, 3.0))
+    for sums, expected in zip(stats, ([0, 1, 0], [0, 2, 0], [0, 3, 0], [0, 0, 0]), strict=True):
+        np.testing.assert_array_equal(sums, expected)
+    stats = record(stats, index, jnp.full(4, 2), jnp.ones(4), 2, 2.0)
+    np.testing.assert_array_equal(stats.trials_N, [0, 1, 0])
+
+
+def test_gradient_sizes_add_up_in_any_order():
+    rng = np.random.default_rng(0)
+    norm, order = (rng.random(500) * 100).astype(np.float32), rng.permutation(500)
+    one, other = (
+        record(init_stats(1), jnp.array([0]), jnp.zeros(500, jnp.int32), jnp.ones(500), 0, 1.0, x)
+        for x in (norm, norm[order])
+    )
+    np.testing.assert_array_equal(one.norm_N, other.norm_N)
+    np.testing.assert_allclose(one.norm_N, norm.sum(), rtol=1e-5)
 
 
 def test_record_follows_prompt_of_through_any_order():
