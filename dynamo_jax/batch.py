@@ -5,13 +5,15 @@ Axes, used as suffixes of array names throughout the package:
   N  prompts in the data set       L  prompt tokens, left-padded           C  completion tokens, right-padded
   T  tokens in a flat list         D  model width                          V  vocabulary
   K  key/value heads               H  head size                            S  sequence slots (L + C)
+  R  rollouts that a step sampled, B unless its method samples in rounds
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -49,21 +51,57 @@ class TrainBatch(NamedTuple):
     prompt_tokens_ML: jax.Array  # int32, left-padded
     prompt_length_M: jax.Array  # int32
     tokens_MC: jax.Array  # int32, right-padded
-    length_M: jax.Array  # int32
+    length_M: jax.Array  # int32; 0: nothing was sampled for this row
     advantage_M: jax.Array  # float32, group-relative
+    weight_M: jax.Array  # float32, multiplies the row's loss
+    random_M: jax.Array  # uint32, of (seed, step, rollout): random choices among the row's tokens derive from it
     sampled_logp_MC: jax.Array  # float32, nats, as the sampler saw them
 
 
+class Pool(NamedTuple):
+    """The R rollouts that a step sampled, in one or more rounds. Host arrays."""
+
+    prompts: PromptBatch
+    prompt_of_R: np.ndarray  # int32, slot in `prompts`
+    rollouts: Rollouts
+    texts: tuple[str, ...]
+    reward_R: np.ndarray  # float32, 0 or 1
+
+
 def train_batch(
-    prompts: PromptBatch, prompt_of_B: np.ndarray, rollouts: Rollouts, advantage_B: np.ndarray, rows_M: np.ndarray
+    pool: Pool, advantage_R: np.ndarray, weight_R: np.ndarray, random_R: np.ndarray, rows_M: np.ndarray
 ) -> TrainBatch:
-    """Rows `rows_M` of a step's rollouts, with their prompts: host arrays. All is read through `prompt_of_B`."""
-    slot_M = prompt_of_B[rows_M]
+    """Rows `rows_M` of a step's rollouts, with their prompts: host arrays. All is read through `prompt_of_R`.
+
+    A row of -1 is empty: length, advantage and weight 0.
+    """
+    real_M, rows_M = rows_M >= 0, np.maximum(rows_M, 0)
+    slot_M = pool.prompt_of_R[rows_M]
+
+    def real(x_R: Any) -> Any:
+        return np.where(real_M, x_R[rows_M], 0).astype(x_R.dtype)
+
     return TrainBatch(
-        prompts.tokens_PL[slot_M],
-        prompts.length_P[slot_M],
-        rollouts.tokens_BC[rows_M],
-        rollouts.length_B[rows_M],
-        advantage_B[rows_M],
-        rollouts.logp_BC[rows_M],
+        pool.prompts.tokens_PL[slot_M],
+        pool.prompts.length_P[slot_M],
+        pool.rollouts.tokens_BC[rows_M],
+        real(pool.rollouts.length_B),
+        real(advantage_R),
+        real(weight_R),
+        real(random_R),
+        pool.rollouts.logp_BC[rows_M],
     )
+
+
+def micro_batches(tree: Any, size: int) -> Any:
+    """[M, ...] -> [M / size, size, ...]. Strided, so that rows stay on their device: its shards are contiguous in M."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(size, x.shape[0] // size, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def whole(tree: Any) -> Any:
+    """The inverse of `micro_batches`."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)

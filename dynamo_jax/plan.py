@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -163,7 +164,9 @@ def run_jobs(config: Config, mesh: Mesh) -> list[Job]:
     graph, abstract_params = abstract_policy(decoder_config(config, size, mesh))
     prompts = config.task.arithmetic.train_prompts if config.task.kind == "arithmetic" else UNKNOWN_PROMPTS
     programs = Programs(graph, abstract_params, config, mesh)
-    allocation = AllocationPrograms(config.allocation, prompts, config.rollout.budget, mesh)
+    a = config.allocation
+    features_NF = np.broadcast_to(np.float32(0), (prompts, a.vip.features)) if a.rule == "vip" else None
+    allocation = AllocationPrograms(a, prompts, config.rollout.budget, mesh, features_NF=features_NF)
     return jobs(config, mesh, programs, allocation, *make_samplers(graph, config, special, mesh))
 
 
@@ -191,9 +194,13 @@ def jobs(
     step = host(weak_type=True)  # a Python integer
     index_P, reward_B = host(P), host(B, dtype=jnp.float32)
 
+    vip = config.allocation.vip
+    features = host(P, vip.features, dtype=jnp.float32) if config.allocation.rule == "vip" else None
+
     def mini_batch(M: int) -> tuple[TrainBatch, TokenStats]:
-        tokens_MC, float_MC, float_M = split(M, C), split(M, C, dtype=jnp.float32), split(M, dtype=jnp.float32)
-        batch = TrainBatch(split(M, L), split(M), tokens_MC, split(M), float_M, float_MC)
+        int_M, float_M, random_M = split(M), split(M, dtype=jnp.float32), split(M, dtype=jnp.uint32)
+        float_MC = split(M, C, dtype=jnp.float32)
+        batch = TrainBatch(split(M, L), int_M, split(M, C), int_M, float_M, float_M, random_M, float_MC)
         return batch, TokenStats(float_MC, float_MC, float_MC)
 
     batch, old = mini_batch(config.mini_batch)
@@ -201,7 +208,7 @@ def jobs(
     waiting = mini_batch(B - config.mini_batch)
     moments = (state.opt_state, stats)
 
-    found = [Job("allocate", allocation.allocate, (stats, index_P, step), state)]
+    found = [Job("allocate", allocation.allocate_program, (stats, index_P, step, features), state)]
     for name, s in {"sample": sampler, "sample (eval)": eval_sampler}.items():
         window, b = s.config.window, s.config.batch
         inputs = (split(window, L), split(window), split(b), split(b), key)
@@ -211,7 +218,7 @@ def jobs(
         *found,
         Job("score", programs.score, (state.params, batch), (moments, waiting)),
         Job("update", programs.update, (state, batch, old, old), (stats, waiting)),
-        Job("record", allocation.record, (stats, index_P, host(B), reward_B, step), state),
+        Job("record", allocation.record_program, (stats, index_P, host(B), reward_B, reward_B, step, features), state),
     ]
 
 

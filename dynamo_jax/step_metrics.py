@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dynamo_jax.batch import Rollouts
+from dynamo_jax.batch import Pool
 
 # Posterior mean success rates that divide prompts into hard, middle and easy ones.
 HARD, EASY = 1 / 3, 2 / 3
@@ -30,15 +30,14 @@ def allocation_metrics(counts_P: np.ndarray, success_P: np.ndarray) -> dict[str,
     return metrics
 
 
-def rollout_metrics(
-    rollouts: Rollouts, reward_B: np.ndarray, prompt_of_B: np.ndarray, counts_P: np.ndarray, seconds: float
-) -> dict[str, float]:
-    """Rewards, lengths in tokens, and sampled tokens per second of sampling."""
-    right_P = np.bincount(prompt_of_B, weights=reward_B, minlength=len(counts_P))
+def rollout_metrics(pool: Pool, seconds: float) -> dict[str, float]:
+    """Rewards, lengths in tokens, and sampled tokens per second of sampling, of all that was sampled."""
+    rollouts, counts = pool.rollouts, np.bincount(pool.prompt_of_R, minlength=len(pool.prompts.ids))
+    right = np.bincount(pool.prompt_of_R, weights=pool.reward_R, minlength=len(pool.prompts.ids))
     return {
-        "reward/mean": float(reward_B.mean()),
+        "reward/mean": float(pool.reward_R.mean()),
         # Only groups with right and wrong answers have a gradient.
-        "reward/mixed_groups": float(np.mean((right_P > 0) & (right_P < counts_P))),
+        "reward/mixed_groups": float(np.mean((right > 0) & (right < counts))),
         "rollout/length_mean": float(rollouts.length_B.mean()),
         "rollout/length_max": int(rollouts.length_B.max()),
         "rollout/truncated_fraction": float(1 - np.asarray(rollouts.ended_B).mean()),

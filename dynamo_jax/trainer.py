@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import signal
 import threading
@@ -17,19 +16,33 @@ from typing import Any
 import jax
 import numpy as np
 
-from dynamo_jax.allocation.programs import AllocationPrograms
-from dynamo_jax.allocation.stats import PromptStats
-from dynamo_jax.batch import PromptBatch, Rollouts, train_batch
+from dynamo_jax.allocation.build import make_allocation
+from dynamo_jax.allocation.programs import AllocationState
+from dynamo_jax.batch import Pool, PromptBatch, train_batch
 from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import Config, resolved
 from dynamo_jax.evaluate import decode_rollouts, evaluate
 from dynamo_jax.metrics import MetricsLog, ProgressBar, setup_logging
-from dynamo_jax.objective import group_advantage
+from dynamo_jax.objective import group_advantage, group_weight
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf
 from dynamo_jax.policy.model import abstract_policy, init_policy, param_shardings
 from dynamo_jax.report import write_report
 from dynamo_jax.rollout.build import make_samplers
+from dynamo_jax.rounds import (
+    EMPTY,
+    merged,
+    padded_pool,
+    record_arrays,
+    round_metrics,
+    sample_lines,
+    shaped_rewards,
+    shaping_metrics,
+    slots,
+    trained_rows,
+    unfinished,
+    unsatisfied,
+)
 from dynamo_jax.run_folder import RunFolder, write_atomic
 from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
@@ -41,7 +54,7 @@ from dynamo_jax.warmup import warm_up
 log = logging.getLogger("dynamo_jax")
 
 # Streams of random numbers: a step's are fold_in(fold_in(root, step), stream).
-SAMPLE, EVALUATE, PERMUTE, INIT = range(4)
+SAMPLE, EVALUATE, PERMUTE, INIT, CHOOSE, SELECT, REFILL = range(7)  # round r > 0 samples with REFILL + r
 
 
 class Interrupted(Exception):
@@ -77,7 +90,7 @@ class Trainer:
     """All that lives as long as the run. `state`, `stats`, `data` and `best` are what a checkpoint holds."""
 
     state: TrainState
-    stats: PromptStats
+    stats: AllocationState
     best: float | None = None
 
     def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
@@ -88,9 +101,13 @@ class Trainer:
         self.decoder = decoder_config(c, task.tokenizer.size, mesh)
         graph, abstract_params = abstract_policy(self.decoder)
         self.programs = Programs(graph, abstract_params, c, mesh)
-        self.allocation = AllocationPrograms(c.allocation, len(task.train), c.rollout.budget, mesh)
+        self.allocation = make_allocation(c, task.train, mesh)
         self.sampler, self.eval_sampler = make_samplers(graph, c, task.tokenizer, mesh)
-        self.advantage = jax.jit(partial(group_advantage, num_prompts=c.rollout.prompts, kind=c.objective.advantage))
+        o = c.objective
+        self.advantage = jax.jit(
+            partial(group_advantage, num_prompts=slots(c), kind=o.advantage, positive_weight=o.positive_weight)
+        )
+        self.weight = jax.jit(partial(group_weight, num_prompts=slots(c), kind=o.group_weight))
         self.data = PromptIterator(
             task.train,
             batch=c.rollout.prompts,
@@ -103,26 +120,21 @@ class Trainer:
 
     def step(self, step: int) -> dict[str, Any]:
         """P prompts, B rollouts, their rewards, one or more updates. Returns the step's metrics."""
-        c = self.config
+        c, killed = self.config, self.task.verifier.counts.get("killed", 0)
         prompts = next(self.data)
         counts_P, prompt_of_B, success_P = to_host(self.allocation.allocate(self.stats, prompts.index_P, step))
-
-        with self._phase("sample"):
-            rollouts = self.sampler.sample(self.state.params, prompts, prompt_of_B, self._key(step, SAMPLE))
-        self._stop_if_asked()
-
-        with self._phase("grade"):
-            killed = self.task.verifier.counts.get("killed", 0)
-            texts = decode_rollouts(rollouts, self.task.tokenizer)
-            pairs = [(text, prompts.answers[p]) for text, p in zip(texts, prompt_of_B, strict=True)]
-            reward_B = np.array(self.task.verifier.grade_batch(pairs), np.float32)
-        self._stop_if_asked()
+        rounds = [self._sample_and_grade(prompts, prompt_of_B, self._key(step, SAMPLE))]
+        while unfinished(c, rounds):  # never, unless the method samples in rounds
+            rounds.append(self._sample_again(step, rounds))
+        pool = merged(rounds)
 
         with self._phase("score"):
-            advantage_B = np.asarray(self.advantage(reward_B, prompt_of_B))
-            order_B = np.random.default_rng([c.seed, step, PERMUTE]).permutation(c.rollout.budget)
+            rows_B = trained_rows(c, pool, self._random(step, CHOOSE))
+            advantage_R, weight_R = self._advantages(pool, rows_B)
+            random_R = self._random(step, SELECT).integers(2**32, size=len(advantage_R), dtype=np.uint32)
+            order_B = self._random(step, PERMUTE).permutation(rows_B)
             batches = [
-                to_mesh(train_batch(prompts, prompt_of_B, rollouts, advantage_B, rows_M), sharding(self.mesh, "batch"))
+                to_mesh(train_batch(pool, advantage_R, weight_R, random_R, rows_M), sharding(self.mesh, "batch"))
                 for rows_M in order_B.reshape(-1, c.mini_batch)
             ]
             scored = [self.programs.score(self.state.params, batch) for batch in batches]
@@ -135,20 +147,57 @@ class Trainer:
                 now = self.programs.score(self.state.params, batch)[0] if updates else old
                 self.state, metrics = self.programs.update(self.state, batch, old, now)
                 updates.append(metrics)
-            self.stats = self.allocation.record(self.stats, prompts.index_P, prompt_of_B, reward_B, step)
+            for one in rounds:
+                self.stats = self.allocation.record(self.stats, *record_arrays(c, one), step)
             updates = to_host(updates)
 
         skipped = self._count_skipped(step, updates)
-        self._save_samples(step, prompts, prompt_of_B, rollouts, texts, reward_B)
+        self._save_samples(step, pool)
         return {
             **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
             **allocation_metrics(counts_P, success_P),
-            **rollout_metrics(rollouts, reward_B, prompt_of_B, counts_P, self._seconds["sample"]),
+            **rollout_metrics(pool, self._seconds["sample"]),
+            **round_metrics(c, rounds, pool, rows_B),
+            **shaping_metrics(c, pool),
             "verifier/killed": self.task.verifier.counts.get("killed", 0) - killed,
             "objective/skipped_updates": skipped,
             "rollout/logp_drift": float(max(drift)),
-            "data/epoch": step * c.rollout.prompts / len(self.task.train),
+            "data/epoch": self.data.drawn / len(self.task.train),
         }
+
+    def _sample_and_grade(self, prompts: PromptBatch, prompt_of_R: np.ndarray, key: jax.Array) -> Pool:
+        """One round: a rollout for each entry of `prompt_of_R`, and its reward."""
+        with self._phase("sample"):
+            rollouts = self.sampler.sample(self.state.params, prompts, prompt_of_R, key)
+        self._stop_if_asked()
+        with self._phase("grade"):
+            texts = tuple(decode_rollouts(rollouts, self.task.tokenizer))
+            pairs = [(text, prompts.answers[p]) for text, p in zip(texts, prompt_of_R, strict=True)]
+            reward_R = np.array(self.task.verifier.grade_batch(pairs), np.float32)
+        self._stop_if_asked()
+        return Pool(prompts, prompt_of_R, rollouts, texts, reward_R)
+
+    def _sample_again(self, step: int, rounds: list[Pool]) -> Pool:
+        """Another round, of new prompts (dynamic sampling) or of those that need more rollouts (`reinforce_ada`)."""
+        c = self.config
+        if c.rollout.dynamic_sampling.enabled:
+            prompts = next(self.data)
+            _, prompt_of_R, _ = to_host(self.allocation.allocate(self.stats, prompts.index_P, step))
+        else:
+            prompts = rounds[0].prompts
+            prompt_of_R = np.repeat(np.flatnonzero(unsatisfied(c, rounds)), c.rollout.per_prompt)
+        return self._sample_and_grade(prompts, prompt_of_R, self._key(step, REFILL + len(rounds)))
+
+    def _advantages(self, pool: Pool, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Group-relative advantage and weight in the loss of each rollout of the pool."""
+        c = self.config
+        reward_R, prompt_of_R = padded_pool(c, shaped_rewards(c, pool), pool.prompt_of_R)
+        advantage_R = np.asarray(self.advantage(reward_R, prompt_of_R))[: len(pool.reward_R)]
+        weight_R = np.zeros_like(advantage_R)
+        real_B = rows_B != EMPTY
+        weight_B = self.weight(np.where(real_B, pool.prompt_of_R[rows_B], slots(c)).astype(np.int32))
+        weight_R[rows_B[real_B]] = np.asarray(weight_B)[real_B]
+        return advantage_R, weight_R
 
     def run(self) -> None:
         """From wherever the run stands to its last step."""
@@ -253,37 +302,13 @@ class Trainer:
         state = {"train": self.state, "stats": self.stats}
         self.checkpoints.save(step, state, {"data": self.data.state(), "best": self.best}, score)
 
-    def _save_samples(
-        self,
-        step: int,
-        prompts: PromptBatch,
-        prompt_of_B: np.ndarray,
-        rollouts: Rollouts,
-        texts: list[str],
-        reward_B: np.ndarray,
-    ) -> None:
-        """`rollouts/step_<step>.jsonl`: some of the step's rollouts, evenly spaced, each with its prompt and reward."""
-        count = min(self.config.logging.rollouts_per_step, len(texts))
-        if not count or jax.process_index():
-            return
-        lines = []
-        for b in np.linspace(0, len(texts) - 1, count).astype(int):
-            p = int(prompt_of_B[b])
-            row = {
-                "step": step,
-                "rollout": int(b),
-                "prompt_id": prompts.ids[p],
-                "prompt": prompts.texts[p],
-                "text": texts[b],
-                "answer": prompts.answers[p],
-                "reward": float(reward_B[b]),
-                "length": int(rollouts.length_B[b]),
-                "ended": bool(rollouts.ended_B[b]),
-            }
-            lines.append(json.dumps(row, ensure_ascii=False))
-        folder = self.run_dir / "rollouts"
-        folder.mkdir(exist_ok=True)
-        write_atomic(folder / f"step_{step:06d}.jsonl", "\n".join(lines) + "\n")
+    def _save_samples(self, step: int, pool: Pool) -> None:
+        """`rollouts/step_<step>.jsonl`: some of the step's rollouts."""
+        count = self.config.logging.rollouts_per_step
+        if count and jax.process_index() == 0:
+            folder = self.run_dir / "rollouts"
+            folder.mkdir(exist_ok=True)
+            write_atomic(folder / f"step_{step:06d}.jsonl", sample_lines(step, pool, count))
 
     def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
         """How many of the step's updates were skipped, each with a warning that names the metric and the step."""
@@ -308,6 +333,9 @@ class Trainer:
 
     def _key(self, step: int, stream: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.root, step), stream)
+
+    def _random(self, step: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, step, stream])
 
     def _times(self) -> dict[str, float]:
         """`time/<phase>` in seconds since the last call. A checkpoint's time is in the line after it."""

@@ -15,14 +15,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dynamo_jax.batch import TokenStats, TrainBatch
+from dynamo_jax.batch import TokenStats, TrainBatch, micro_batches, whole
 from dynamo_jax.config import Config, OptimizerConfig
 from dynamo_jax.kernels import token_stats
-from dynamo_jax.objective import entropy_change, modulate, normalizer, policy_loss
+from dynamo_jax.objective import normalizer, policy_loss
+from dynamo_jax.objective.terms import Metrics, TokenTerms, token_terms
 from dynamo_jax.policy.model import Decoder, param_shardings
 from dynamo_jax.sharding import sharding
-
-Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -96,20 +95,6 @@ def logp_drift(batch: TrainBatch, logp_MC: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(batch.sampled_logp_MC - logp_MC) * mask_MC)
 
 
-def micro_batches(tree: Any, size: int) -> Any:
-    """[M, ...] -> [M / size, size, ...]. Strided, so that rows stay on their device: its shards are contiguous in M."""
-
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x.reshape(size, x.shape[0] // size, *x.shape[1:]), 0, 1)
-
-    return jax.tree.map(split, tree)
-
-
-def whole(tree: Any) -> Any:
-    """The inverse of `micro_batches`."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
-
-
 class Programs:
     """`score` and `update`, compiled once each; `traces` counts how often they were traced."""
 
@@ -168,26 +153,32 @@ def update_policy(
     """
     c = config.objective
     mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
-    advantage_MC, metrics = token_advantages(batch.advantage_M, old, now, mask_MC, config)
+    terms, metrics = token_terms(batch.advantage_M, batch.random_M, old, now, mask_MC, config)
     norm = normalizer(mask_MC, c.aggregation)
 
-    def loss_fn(params: Any, micro: tuple[TrainBatch, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, Metrics]:
-        rows, old_logp, advantages, mask = micro
+    def loss_fn(params: Any, micro: tuple[TrainBatch, jax.Array, TokenTerms, jax.Array]) -> tuple[jax.Array, Metrics]:
+        rows, old_logp, token, mask = micro
         stats = completion_stats(nnx.merge(graph, params), rows, config.rollout.temperature)
         return policy_loss(
             stats.logp,
             old_logp,
-            advantages,
+            token.advantage_MC,
             mask,
             clip_low=c.clip_low,
             clip_high=c.clip_high,
             clip_ratio_c=c.clip_ratio_c,
             aggregation=c.aggregation,
             normalizer=norm,
+            ratio=c.ratio,
+            keep=token.keep_MC,
+            weight=rows.weight_M[:, None],
+            kl_coef=token.kl_MC,
+            entropy=stats.entropy,
+            entropy_coef=c.entropy_coefficient,
         )
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    micro = micro_batches((batch, old.logp, advantage_MC, mask_MC), config.micro_batch)
+    micro = micro_batches((batch, old.logp, terms, mask_MC), config.micro_batch)
     (loss, sums), grads = _sum_over_micro_batches(lambda m: gradient(state.params, m), micro)
 
     grad_norm = optax.tree.norm(grads)
@@ -205,38 +196,6 @@ def update_policy(
         "objective/learning_rate": learning_rate_schedule(config.optimizer)(state.updates),
     }
     return new_state, metrics
-
-
-def token_advantages(
-    advantage_M: jax.Array, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
-) -> tuple[jax.Array, Metrics]:
-    """The advantage of each token [M, C]: its rollout's, times DynaMO's two factors. See `objective.modulation`."""
-    c, m = config.objective, config.modulation
-    advantage_MC = advantage_M[:, None] * mask_MC
-    if not m.enabled:
-        return advantage_MC, {}
-    change_MC = entropy_change(
-        now.logp, old.logp, now.entropy, now.lambda_mean, advantage_MC, mask_MC, c.clip_low, c.clip_high, c.clip_ratio_c
-    )
-    advantage_MC, comp_MC, stab_MC = modulate(
-        advantage_MC,
-        now.entropy,
-        change_MC,
-        mask_MC,
-        alpha=m.alpha,
-        lambda_min=m.lambda_min,
-        gamma=m.gamma,
-        tau=m.tau,
-        compensation=m.compensation,
-        stabilisation=m.stabilisation,
-    )
-    tokens = jnp.maximum(jnp.sum(mask_MC), 1)
-    return advantage_MC, {  # the factors are exactly 1 on padding, so maxima and minima need no mask
-        "modulation/comp_mean": jnp.sum(comp_MC * mask_MC) / tokens,
-        "modulation/comp_max": jnp.max(comp_MC),
-        "modulation/stab_mean": jnp.sum(stab_MC * mask_MC) / tokens,
-        "modulation/stab_min": jnp.min(stab_MC),
-    }
 
 
 def _sum_over_micro_batches(f: Callable[[Any], Any], micro: Any) -> Any:

@@ -66,4 +66,5 @@ def _supervised_batch(pairs: list[tuple[str, str]], tokenizer: ArithmeticTokeniz
         prompt, completion = tokenizer.encode(problem), [*tokenizer.encode(solution), tokenizer.eos_id]
         prompts_ML[m, L - len(prompt) :], tokens_MC[m, : len(completion)] = prompt, completion
         prompt_length_M[m], length_M[m] = len(prompt), len(completion)
-    return TrainBatch(prompts_ML, prompt_length_M, tokens_MC, length_M, np.zeros(M), np.zeros((M, C)))  # type: ignore[arg-type]
+    unused_M, unused_MC = np.zeros(M), np.zeros((M, C))
+    return TrainBatch(prompts_ML, prompt_length_M, tokens_MC, length_M, unused_M, unused_M, unused_M, unused_MC)  # type: ignore[arg-type]

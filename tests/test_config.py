@@ -170,3 +170,66 @@ def test_every_wrong_key_is_reported_at_once(tmp_path):
 
 def test_config_errors_are_value_errors():
     assert issubclass(ConfigError, ValueError)
+
+
+def test_base_is_merged_below_and_may_be_replaced(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "run_dir: b\npolicy: {architecture: {}}\neval: {samples: 4, k: [1, 2]}\nseed: 1\n"
+    )
+    (tmp_path / "other.yaml").write_text("run_dir: o\npolicy: {architecture: {}}\nseed: 9\n")
+    (tmp_path / "sub" / "middle.yaml").write_text("base: ../base.yaml\nseed: 2\neval: {k: [1]}\n")
+    top = tmp_path / "sub" / "top.yaml"
+    top.write_text("base: middle.yaml\nrun_dir: t\neval: {every: 3}\n")
+    config = load_config(top, ["optimizer.learning_rate=1e-4"])
+    assert (config.run_dir, config.seed, config.eval.samples, config.eval.k, config.eval.every) == ("t", 2, 4, (1,), 3)
+    assert config.optimizer.learning_rate == 1e-4
+    other = load_config(top, [f"base={tmp_path / 'other.yaml'}"])
+    assert (other.run_dir, other.seed, other.eval.samples, other.eval.every) == ("t", 9, 8, 3)
+    assert "base" not in resolved(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: missing.yaml\n", ["missing.yaml: no such config file"]),
+        ("base: c.yaml\n", ["c.yaml: base = ", "comes back to itself"]),
+        ("base: 3\n", ["base = 3: should be the path of a config file"]),
+        ("base: [a]\n", ["should be the path"]),
+        ("base: b.yaml\nsed: 1\n", ["c.yaml over ", "b.yaml: sed: unknown key. Did you mean 'seed'?"]),
+        ("base: b.yaml\npolicy: 3\n", ["policy = 3"]),
+    ],
+)
+def test_base_that_cannot_be_used_is_named(tmp_path, text, words):
+    (tmp_path / "b.yaml").write_text(MINIMAL)
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("objective.clip_low=null", "objective.clip_low"),
+        ("objective.clip_cov={enabled: true, low: 5.0}", "objective.clip_cov.low"),
+        ("objective.overlong.enabled=true", "objective.overlong.buffer"),
+        ("objective.fork_fraction=1.0", "objective.fork_fraction"),
+    ],
+)
+def test_methods_that_cannot_run_are_refused(tmp_path, override, key):
+    with pytest.raises(ConfigError, match=rf"c\.yaml: {key} = "):
+        load(tmp_path, MINIMAL, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["objective.clip_cov.enabled=true", "objective.kl_cov.enabled=true"], "two answers"),
+        (["objective.overlong={enabled: true, buffer: 2}", "objective.advantage=w_reinforce"], "no graded reward"),
+        (["rollout.dynamic_sampling.enabled=true", "allocation.rule=reinforce_ada"], "rounds of its own"),
+        (["objective.ratio=sequence", "modulation.entropy_change=sequence_mean"], "ratios of tokens"),
+    ],
+)
+def test_methods_that_do_not_go_together_are_refused(tmp_path, overrides, word):
+    with pytest.raises(ConfigError, match=word):
+        load(tmp_path, MINIMAL, *overrides)

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from dynamo_jax import trainer as loop
-from dynamo_jax.batch import PromptBatch, Rollouts, train_batch
+from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
 from dynamo_jax.config import load_config
 from dynamo_jax.metrics import read_metrics
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
@@ -142,7 +142,7 @@ def seen(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     batches = [batch for *_, part, _ in parts for batch in part]
     updates = len(batches) // STEPS
     by_step = [batches[i * updates : (i + 1) * updates] for i in range(STEPS)]
-    return Seen(folder, sampled, graded, by_step, jax.device_get(parts[-1][-1].stats))
+    return Seen(folder, sampled, graded, by_step, jax.device_get(parts[-1][-1].stats.prompts))
 
 
 def test_this_run_shows_what_it_should(seen: Seen) -> None:
@@ -187,7 +187,7 @@ def test_every_row_of_every_update_belongs_together(seen: Seen) -> None:
         found: Counter[Any] = Counter()
         order = []
         for batch in batches:
-            for prompt, length, tokens, size, advantage, logp in zip(*batch, strict=True):
+            for prompt, length, tokens, size, advantage, _, _, logp in zip(*batch, strict=True):
                 problem, text = TOKENIZER.decode(prompt), TOKENIZER.decode(tokens)
                 assert (length, size) == (len(problem), len(text) + 1)
                 np.testing.assert_allclose(logp[:size], logp_of(problem, text), atol=1e-6)
@@ -224,10 +224,15 @@ def test_train_batch_keeps_rows_together_under_any_permutation() -> None:
         prompts = PromptBatch(slots, np.stack([slots, slots + 100], 1), slots + 200, names, names, names)
         mark_BC = np.stack([rows, rows + 1000], 1)
         rollouts = Rollouts(mark_BC, rows + 300, rows % 2 == 0, mark_BC / 7)
-        order = rng.permutation(len(rows))[: rng.integers(1, len(rows) + 1)]
-        batch = train_batch(prompts, prompt_of_B, rollouts, rows + 0.5, order)
+        order = rng.permutation(np.append(rows, [-1, -1]))[: rng.integers(1, len(rows) + 3)]  # -1: an empty row
+        pool = Pool(prompts, prompt_of_B, rollouts, tuple(map(str, rows)), rows * 0.0)
+        batch = train_batch(pool, rows + 0.5, rows + 0.25, rows + 400, order)
         for m, b in enumerate(order):
-            p = prompt_of_B[b]
-            expected = ([p, p + 100], p + 200, [b, b + 1000], b + 300, b + 0.5, mark_BC[b] / 7)
+            p = prompt_of_B[max(b, 0)]
+            expected = ([p, p + 100], p + 200, [b, b + 1000], b + 300, b + 0.5, b + 0.25, b + 400, mark_BC[b] / 7)
+            if b < 0:
+                assert (batch.length_M[m], batch.advantage_M[m], batch.weight_M[m]) == (0, 0.0, 0.0)
+                assert batch.prompt_length_M[m] > 0  # attention needs something to look at
+                continue
             for found, value in zip((x[m] for x in batch), expected, strict=True):
                 np.testing.assert_array_equal(found, value)

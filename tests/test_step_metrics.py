@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dynamo_jax.batch import Rollouts
+from dynamo_jax.batch import Pool, PromptBatch, Rollouts
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
 
 
@@ -45,7 +45,9 @@ def test_rollouts_by_hand() -> None:
     )
     reward_B = np.array([0, 0, 1, 0, 0, 1, 1], np.float32)
     prompt_of_B = np.array([0, 0, 1, 1, 1, 2, 2])
-    metrics = rollout_metrics(rollouts, reward_B, prompt_of_B, np.array([2, 3, 2]), seconds=0.5)
+    slots, names = np.arange(3), ("a", "b", "c")
+    prompts = PromptBatch(slots, slots[:, None], slots, names, names, names)
+    metrics = rollout_metrics(Pool(prompts, prompt_of_B, rollouts, ("",) * 7, reward_B), seconds=0.5)
     assert metrics == {
         "reward/mean": pytest.approx(3 / 7),
         "reward/mixed_groups": pytest.approx(1 / 3),

@@ -26,6 +26,7 @@ from dynamo_jax.config import (
 )
 from dynamo_jax.kernels import token_stats
 from dynamo_jax.objective.policy_loss import AGGREGATIONS
+from dynamo_jax.objective.terms import token_advantages
 from dynamo_jax.policy import Decoder, abstract_policy
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.sharding import make_mesh
@@ -38,7 +39,6 @@ from dynamo_jax.update import (
     logp_drift,
     make_optimizer,
     micro_batches,
-    token_advantages,
     update_policy,
     whole,
 )
@@ -83,6 +83,8 @@ def batch() -> TrainBatch:
         tokens_MC=rng.integers(0, V, (M, C)).astype(np.int32),
         length_M=LENGTHS,
         advantage_M=np.array([1.0, -0.5, 0.7, -1.2, 0.0, 2.0, -0.1, 0.4], np.float32),
+        weight_M=np.ones(M, np.float32),
+        random_M=rng.integers(2**32, size=M, dtype=np.uint32),
         sampled_logp_MC=rng.normal(-2, 0.5, (M, C)).astype(np.float32),
     )
 

@@ -11,7 +11,13 @@ Problem = tuple[str, Any, str, str]  # key, value, why it is impossible, remedy
 
 def impossible(c: Config) -> list[Problem]:
     """Every combination of valid values that cannot run."""
-    return [*_batch_problems(c), *_task_problems(c), *_policy_problems(c)]
+    return [
+        *_batch_problems(c),
+        *_allocation_problems(c),
+        *_objective_problems(c),
+        *_task_problems(c),
+        *_policy_problems(c),
+    ]
 
 
 def _batch_problems(c: Config) -> list[Problem]:
@@ -27,7 +33,7 @@ def _batch_problems(c: Config) -> list[Problem]:
         why = f"{prompts} prompts x {high} rollouts hold only {high * prompts} of a step's {budget}"
         remedy = f"Raise allocation.high to at least {c.rollout.per_prompt} or lower rollout.per_prompt."
         problems.append(("allocation.high", high, why, remedy))
-    needed = {"grpo": 1, "rloo": 2, "dr_grpo": 3}[c.objective.advantage]
+    needed = {"grpo": 1, "w_reinforce": 1, "rloo": 2, "dr_grpo": 3}[c.objective.advantage]
     if low < needed:
         why = f"objective.advantage = {c.objective.advantage} needs groups of at least {needed}"
         problems.append(("allocation.low", low, why, f"Set allocation.low={needed}."))
@@ -47,6 +53,46 @@ def _batch_problems(c: Config) -> list[Problem]:
     if max(c.eval.k) > c.eval.samples:
         why = f"Pass@k needs k samples a problem, and eval.samples = {c.eval.samples}"
         problems.append(("eval.k", list(c.eval.k), why, f"Raise eval.samples to {max(c.eval.k)}."))
+    return problems
+
+
+def _allocation_problems(c: Config) -> list[Problem]:
+    a, per_prompt = c.allocation, c.rollout.per_prompt
+    problems: list[Problem] = []
+    if a.rule == "released" and a.released.initial_budget > per_prompt:
+        why = f"exploration takes the whole budget of {per_prompt} rollouts a prompt and leaves other prompts with none"
+        remedy = f"Lower it to at most {per_prompt}."
+        problems.append(("allocation.released.initial_budget", a.released.initial_budget, why, remedy))
+    if a.rule == "reinforce_ada" and per_prompt < 2:
+        why = "reinforce_ada looks for a right and a wrong answer to every prompt"
+        problems.append(("rollout.per_prompt", per_prompt, why, "Set rollout.per_prompt=2 or more."))
+    return problems
+
+
+def _objective_problems(c: Config) -> list[Problem]:
+    o = c.objective
+    problems: list[Problem] = []
+    if (o.clip_low is None) != (o.clip_high is None):
+        why = f"clip_low = {o.clip_low} and clip_high = {o.clip_high} bound the ratio together"
+        problems.append(("objective.clip_low", o.clip_low, why, "Give both, or null for both."))
+    if o.clip_cov.enabled and o.clip_cov.low >= o.clip_cov.high:
+        why = f"is not below objective.clip_cov.high = {o.clip_cov.high}"
+        problems.append(("objective.clip_cov.low", o.clip_cov.low, why, "Lower it."))
+    if o.clip_cov.enabled and o.kl_cov.enabled:
+        why = "Clip-Cov and KL-Cov are two answers to the same tokens"
+        problems.append(("objective.kl_cov.enabled", True, why, "Enable one of them."))
+    if o.overlong.enabled and o.overlong.buffer > c.rollout.max_tokens:
+        why = f"is longer than rollout.max_tokens = {c.rollout.max_tokens}"
+        problems.append(("objective.overlong.buffer", o.overlong.buffer, why, "Lower it."))
+    if o.overlong.enabled and o.advantage == "w_reinforce":
+        why = "w_reinforce knows right and wrong only, no graded reward"
+        problems.append(("objective.overlong.enabled", True, why, "Choose another objective.advantage."))
+    if c.modulation.enabled and c.modulation.entropy_change == "sequence_mean" and o.ratio == "sequence":
+        why = "the released estimate is defined for ratios of tokens"
+        problems.append(("modulation.entropy_change", "sequence_mean", why, "Set modulation.entropy_change=exact."))
+    if c.rollout.dynamic_sampling.enabled and c.allocation.rule == "reinforce_ada":
+        why = "reinforce_ada samples in rounds of its own"
+        problems.append(("rollout.dynamic_sampling.enabled", True, why, "Use one of the two."))
     return problems
 
 

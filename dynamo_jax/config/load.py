@@ -31,15 +31,19 @@ class ConfigError(ValueError):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, apply `key.sub=value` overrides (values in YAML syntax), check everything that needs no device.
 
+    A file may name another as its `base`, relative to itself, and then holds only what differs from it: sections merge,
+    values and lists replace. `base=FILE` as an override lays the same differences over another file.
+
     Raises `ConfigError` naming the file, the key, the value and the remedy.
     """
-    path = Path(path)
-    tree = _read_yaml(path)
+    tree = _read_yaml(Path(path))
+    _locate_base(Path(path), tree)
     for override in overrides:
         _apply_override(tree, override)
-    config = _parse(path, tree)
+    where, tree = _over_base(str(path), tree, (Path(path).resolve(),))
+    config = _parse(where, tree)
     for key, value, why, remedy in impossible(config):
-        raise ConfigError(f"{path}: {key} = {json.dumps(value)}: {why}. {remedy}")
+        raise ConfigError(f"{where}: {key} = {json.dumps(value)}: {why}. {remedy}")
     return config
 
 
@@ -112,6 +116,33 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _locate_base(path: Path, tree: dict[str, Any]) -> None:
+    """Make a `base` that is relative to its file relative to where we are, as one given as an override is."""
+    if isinstance(tree.get("base"), str):
+        tree["base"] = str(path.parent / tree["base"])
+
+
+def _over_base(where: str, tree: dict[str, Any], seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
+    """`tree` laid over its base, over that one's base, and so on; and the files' names, for messages."""
+    base = tree.pop("base", None)
+    if base is None:
+        return where, tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{where}: base = {json.dumps(base, default=str)}: should be the path of a config file.")
+    path = Path(base)
+    if path.resolve() in seen:
+        raise ConfigError(f"{where}: base = {json.dumps(base)}: comes back to itself. Name a file that does not.")
+    below = _read_yaml(path)
+    _locate_base(path, below)
+    where, below = _over_base(f"{where} over {path}", below, (*seen, path.resolve()))
+    return where, _merged(below, tree)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return {**below, **above, **both}
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key or not all(key.split(".")):
@@ -127,16 +158,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = _yaml(text, f"override {override!r}")
 
 
-def _parse(path: Path, tree: dict[str, Any]) -> Config:
+def _parse(where: str, tree: dict[str, Any]) -> Config:
     try:
         text = json.dumps(tree, default=str, ensure_ascii=False).encode()
     except ValueError as error:  # an anchor inside itself, half a surrogate pair
-        raise ConfigError(f"{path}: holds what no config can: {error}. Write plain values.") from None
+        raise ConfigError(f"{where}: holds what no config can: {error}. Write plain values.") from None
     try:
         # JSON mode: strict about numbers and strings, yet lists become tuples.
         return pydantic.TypeAdapter(Config).validate_json(text)
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
 
 
 def _explain(error: Any) -> str:

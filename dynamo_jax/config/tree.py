@@ -101,6 +101,14 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class DynamicSamplingConfig:
+    """DAPO's dynamic sampling: groups of equal rewards are dropped, and other prompts drawn. See `rounds.py`."""
+
+    enabled: bool = False
+    max_refills: PositiveInt = 10  # rounds of P prompts after the first; what is still missing then stays empty
+
+
+@dataclass(frozen=True, config=_strict)
 class RolloutConfig:
     """A step samples `prompts` (P) * `per_prompt` (mean group size) = B rollouts of at most `max_tokens` (C) tokens."""
 
@@ -112,6 +120,7 @@ class RolloutConfig:
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_p: Probability = 0.0
     batch: PositiveInt | None = None  # rollouts decoded at once; null: all B
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
 
     @property
     def budget(self) -> int:
@@ -120,25 +129,120 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class KnapsackConfig:
+    value: Literal["info_gain", "one"] = "info_gain"  # of a group with right and wrong answers: p (1 - p)^2, or 1
+
+
+@dataclass(frozen=True, config=_strict)
+class GVMConfig:
+    """n_i in proportion to G_i / sqrt(p_i + alpha / p_i^(beta - 1))."""
+
+    alpha: NonNegativeFloat = 1e-3
+    beta: NonNegativeFloat = 2.0
+
+
+@dataclass(frozen=True, config=_strict)
+class ReleasedConfig:
+    """The authors' released rule. See `allocation/released.py`. Its counts never fade: set a half_life of 1e9."""
+
+    initial_budget: NonNegativeInt = 4  # rollouts that a prompt gets before its priority counts
+    mastery: PositiveFloat = 0.85  # success rate from which a prompt has the floor as its priority
+    floor: NonNegativeFloat = 0.01
+    minimum_samples: Annotated[int, Field(ge=2)] = 4
+
+
+@dataclass(frozen=True, config=_strict)
+class VIPConfig:
+    """A Gaussian process over prompt features predicts success rates. See `allocation/vip.py`."""
+
+    features: Annotated[int, Field(ge=2)] = 64  # of a prompt
+    fourier: PositiveInt = 256  # random features of the kernel
+    length_scale: PositiveFloat = 1.0  # of the kernel; prompts without a common token are sqrt(2) apart
+    amplitude: PositiveFloat = 2.0  # prior standard deviation of the latent value, in logits
+
+
+@dataclass(frozen=True, config=_strict)
+class ReinforceAdaConfig:
+    """Prompts without enough right and wrong answers are sampled again. See `allocation/reinforce_ada.py`."""
+
+    max_rounds: PositiveInt = 4
+
+
+@dataclass(frozen=True, config=_strict)
 class AllocationConfig:
     """How B rollouts are shared among P prompts, n_i in [low, high]. See `allocation/`."""
 
-    rule: Literal["uniform", "bernoulli", "neyman"] = "bernoulli"
+    rule: Literal["uniform", "bernoulli", "neyman", "released", "knapsack", "gvm", "reinforce_ada", "vip"] = "bernoulli"
     low: PositiveInt = 2
-    high: PositiveInt = 24
+    high: Annotated[int, Field(ge=1, le=100_000)] = 24
     prior: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)  # Beta prior of a prompt's success rate
     half_life: PositiveFloat = 100.0  # steps after which an old success or failure counts half
+    released: ReleasedConfig = ReleasedConfig()
+    knapsack: KnapsackConfig = KnapsackConfig()
+    gvm: GVMConfig = GVMConfig()
+    reinforce_ada: ReinforceAdaConfig = ReinforceAdaConfig()
+    vip: VIPConfig = VIPConfig()
+
+
+@dataclass(frozen=True, config=_strict)
+class OverlongConfig:
+    """DAPO's soft length penalty on the reward: from 0 at `max_tokens - buffer` down to `-factor` at `max_tokens`."""
+
+    enabled: bool = False
+    buffer: PositiveInt = 4096  # tokens
+    factor: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, config=_strict)
+class EntropyAdvantageConfig:
+    """Each token's advantage grows by min(alpha * entropy, |advantage| / kappa)."""
+
+    enabled: bool = False
+    alpha: PositiveFloat = 0.4
+    kappa: PositiveFloat = 2.0
+
+
+@dataclass(frozen=True, config=_strict)
+class ClipCovConfig:
+    """Clip-Cov: random tokens, `fraction` of all, whose covariance is in (low, high) carry no gradient."""
+
+    enabled: bool = False
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
+    low: float = 1.0
+    high: float = 5.0
+
+
+@dataclass(frozen=True, config=_strict)
+class KLCovConfig:
+    """KL-Cov: the `fraction` of tokens of largest covariance pay `coefficient` * |log ratio|."""
+
+    enabled: bool = False
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-3
+    coefficient: PositiveFloat = 1.0
 
 
 @dataclass(frozen=True, config=_strict)
 class ObjectiveConfig:
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
-    clip_high: NonNegativeFloat = 0.2
+    """Whatever is not enabled costs nothing. See `objective/`."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "w_reinforce"] = "grpo"
+    positive_weight: PositiveFloat = 0.1  # w_reinforce only: the advantage of a right rollout; a wrong one's is -1
+    group_weight: Literal["rollout", "prompt"] = "rollout"  # whether every rollout or every prompt weighs the same
+    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO
+    clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.2  # null, together with clip_high: no clip
+    clip_high: NonNegativeFloat | None = 0.2
     clip_ratio_c: Annotated[float, Field(gt=1.0)] | None = 10.0  # dual clip; null: off
     aggregation: Literal[
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     ] = "token-mean"  # fmt: skip
+    entropy_coefficient: NonNegativeFloat = 0.0  # of the entropy bonus in the loss
+    fork_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
+        None  # share of tokens, by entropy, that are trained
+    )
+    overlong: OverlongConfig = OverlongConfig()
+    entropy_advantage: EntropyAdvantageConfig = EntropyAdvantageConfig()
+    clip_cov: ClipCovConfig = ClipCovConfig()
+    kl_cov: KLCovConfig = KLCovConfig()
 
 
 @dataclass(frozen=True, config=_strict)
@@ -152,6 +256,10 @@ class ModulationConfig:
     lambda_min: Probability = 0.6
     gamma: PositiveFloat = 50.0
     tau: Probability = 0.9
+    # The second of each only to reproduce results of the released code: extremes that depend on how the batch is
+    # packed, and the mean over the sequence in place of the expectation over the vocabulary.
+    scope: Literal["minibatch", "microbatch"] = "minibatch"
+    entropy_change: Literal["exact", "sequence_mean"] = "exact"
 
 
 @dataclass(frozen=True, config=_strict)
@@ -230,6 +338,13 @@ class Config:
     def micro_batch(self) -> int:
         """Rollouts in one forward and backward pass."""
         return self.trainer.micro_batch or self.mini_batch
+
+    @property
+    def max_rounds(self) -> int:
+        """Rounds of sampling that one step may take. See `rounds.py`."""
+        if self.rollout.dynamic_sampling.enabled:
+            return 1 + self.rollout.dynamic_sampling.max_refills
+        return self.allocation.reinforce_ada.max_rounds if self.allocation.rule == "reinforce_ada" else 1
 
     @property
     def rollout_batch(self) -> int:

@@ -194,12 +194,18 @@ class PromptIterator(Iterator[PromptBatch]):
         self._index_P_of_batch = grain.MapDataset.range(len(prompt_set)).seed(seed).shuffle().repeat().batch(batch)
         # Our own counter over grain's random access: grain's iterator over it overflows for batches of one (0.2.18).
         self._next_batch = 0
+        self._batch = batch
 
     def __next__(self) -> PromptBatch:
         index_P = self._index_P_of_batch[self._next_batch]
         self._next_batch += 1
         prompts = [self._set.prompts[i] for i in index_P]
         return pad_prompts(prompts, self._max_prompt_tokens, self._pad_id, index=index_P)
+
+    @property
+    def drawn(self) -> int:
+        """Prompts drawn so far."""
+        return self._next_batch * self._batch
 
     def state(self) -> dict[str, Any]:
         """The position, as plain JSON types: what `restore` needs to go on with the batch after the last one drawn."""

@@ -1,59 +1,86 @@
-"""The jitted programs of allocation: bounds and sums whatever the history, the rules, and one trace each."""
+"""The programs of allocation: every rule over a run, on one device and on eight, from and to a checkpoint."""
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import jax
 import numpy as np
 import pytest
 
-from dynamo_jax.allocation import PromptStats
-from dynamo_jax.allocation.programs import AllocationPrograms
+from dynamo_jax.allocation import PromptStats, prompt_features, released_allocate, released_priority
+from dynamo_jax.allocation.programs import AllocationPrograms, AllocationState
+from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import AllocationConfig, MeshConfig
+from dynamo_jax.config.tree import VIPConfig
 from dynamo_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 N, P, B = 40, 8, 64
-CONFIG = AllocationConfig(low=2, high=24, half_life=20.0)
+CONFIG = AllocationConfig(low=2, high=24, half_life=20.0, vip=VIPConfig(features=16, fourier=32))
+RULES = get_args(get_type_hints(AllocationConfig)["rule"])
+EIGHT = MeshConfig(2, 2, 2)
 
 
 def programs(rule: str = "bernoulli", mesh: MeshConfig = MeshConfig(), **changes: Any) -> AllocationPrograms:  # noqa: B008
     config = dataclasses.replace(CONFIG, rule=rule, **changes)
-    return AllocationPrograms(config, N, B, make_mesh(mesh, jax.devices()[: mesh.size]))
+    tokens = [[i % 7, i // 7, 3] + [1] * (i % 5) for i in range(N)]
+    features_NF = prompt_features(tokens, config.vip.features) if rule == "vip" else None
+    return AllocationPrograms(config, N, B, make_mesh(mesh, jax.devices()[: mesh.size]), features_NF=features_NF)
 
 
-def history(rates: Any, trials: float) -> PromptStats:
+def history(rates: Any, trials: float) -> AllocationState:
     """All prompts tried `trials` times at step 0, prompt i with success rate rates[i]."""
-    rates = np.resize(np.asarray(rates, np.float32), N)
-    return PromptStats(rates * trials, np.full(N, trials, np.float32), np.zeros(N, np.int32))
+    successes = np.resize(np.asarray(rates, np.float32), N) * trials
+    stats = PromptStats(successes, np.full(N, trials, np.float32), successes * 0, np.zeros(N, np.int32))
+    return AllocationState(stats, None)
 
 
-@pytest.mark.parametrize("rule", ["uniform", "bernoulli", "neyman"])
-def test_counts_are_in_bounds_and_sum_to_the_budget_over_a_run(rule: str) -> None:
-    """Prompts of every success rate, in random batches; one trace each, whatever the counts."""
-    p, rng = programs(rule), np.random.default_rng(0)
+def run(p: AllocationPrograms, steps: int, seed: int = 0) -> list[Any]:
+    """Random batches of prompts of every success rate. What each step gave, the state last."""
+    rng = np.random.default_rng(seed)
     rate_N = rng.uniform(0, 1, N) ** np.where(rng.random(N) < 0.5, 6, 0.1)  # mostly near 0 and near 1
-    stats, seen = p.init(), set()
-    successes_N, trials_N = np.zeros(N), np.zeros(N)
-    for step in range(1, 25):
+    stats, seen = p.init(), []
+    for step in range(1, steps + 1):
         index_P = rng.permutation(N)[:P].astype(np.int32)
         counts_P, prompt_of_B, success_P = jax.device_get(p.allocate(stats, index_P, step))
+        reward_B = (rng.random(B) < rate_N[index_P[prompt_of_B]]).astype(np.float32)
+        norm_B = rng.uniform(0.1, 3.0, B).astype(np.float32)
+        stats = p.record(stats, index_P, prompt_of_B, reward_B, norm_B, step)
+        seen.append((index_P, counts_P, prompt_of_B, success_P, reward_B))
+    return [*seen, jax.device_get(stats), rate_N]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_any_rule_over_a_run(rule: str) -> None:
+    """Bounds and sums whatever the history; one trace each; results go to the prompts that they are of."""
+    p = programs(rule)
+    *steps, stats, rate_N = run(p, 24)
+    successes_N, trials_N, distinct = np.zeros(N), np.zeros(N), set()
+    for index_P, counts_P, prompt_of_B, success_P, reward_B in steps:
+        assert (counts_P.dtype, prompt_of_B.dtype, success_P.dtype) == (np.int32, np.int32, np.float32)
         assert counts_P.sum() == B
-        assert counts_P.min() >= CONFIG.low
-        assert counts_P.max() <= CONFIG.high
+        assert CONFIG.low <= counts_P.min() <= counts_P.max() <= CONFIG.high
         np.testing.assert_array_equal(prompt_of_B, np.repeat(np.arange(P), counts_P))
         assert np.all((success_P > 0) & (success_P < 1))
-        reward_B = (rng.random(B) < rate_N[index_P[prompt_of_B]]).astype(np.float32)
-        stats = p.record(stats, index_P, prompt_of_B, reward_B, step)
         np.add.at(successes_N, index_P[prompt_of_B], reward_B)
         np.add.at(trials_N, index_P[prompt_of_B], 1)
-        seen.add(tuple(counts_P))
-    assert len(seen) == 1 if rule == "uniform" else len(seen) > 12
+        distinct.add(tuple(counts_P))
+    assert len(distinct) == 1 if rule in ("uniform", "reinforce_ada") else len(distinct) > 12
     assert p.traces == {"allocate": 1, "record": 1}
     # Each prompt's results went to that prompt: its discounted history never exceeds all it ever got.
-    assert np.all(np.asarray(stats.trials_N) <= trials_N + 1e-3)
-    once = np.asarray(stats.trials_N) > 0
+    assert np.all(stats.prompts.trials_N <= trials_N + 1e-3)
+    once = stats.prompts.trials_N > 0
     np.testing.assert_array_equal(once, trials_N > 0)
     assert np.corrcoef((successes_N / np.maximum(trials_N, 1))[once], rate_N[once])[0, 1] > 0.9
+    assert (stats.gp is not None) == (rule == "vip")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_eight_devices_do_the_same(rule: str) -> None:
+    one, eight = run(programs(rule), 4), run(programs(rule, mesh=EIGHT), 4)
+    jax.tree.map(np.testing.assert_array_equal, one, eight)
 
 
 def test_rules_share_as_they_say() -> None:
@@ -75,7 +102,7 @@ def test_history_moves_the_allocation_and_fades() -> None:
     np.testing.assert_allclose(success_P, 0.5)
     # Prompts 0 to 2 always right, 3 to 5 always wrong, 6 and 7 right every other time.
     reward_B = np.select([prompt_of_B < 3, prompt_of_B < 6], [1.0, 0.0], np.arange(B) % 2).astype(np.float32)
-    stats = p.record(stats, index_P, prompt_of_B, reward_B, 1)
+    stats = p.record(stats, index_P, prompt_of_B, reward_B, None, 1)
     counts_P, _, success_P = jax.device_get(p.allocate(stats, index_P, 2))
     assert counts_P[6:].min() > 2 * counts_P[:6].max()
     assert success_P[:3].min() > 0.85
@@ -88,10 +115,64 @@ def test_history_moves_the_allocation_and_fades() -> None:
     np.testing.assert_array_equal(later_P, B // P)  # fifty half-lives later nothing is known again
 
 
-def test_eight_devices_allocate_the_same() -> None:
-    stats, index_P = history(np.linspace(0, 1, N), trials=7.0), np.arange(0, N, 5, dtype=np.int32)
-    one, eight = (
-        jax.device_get(programs(mesh=m).allocate(stats, index_P, 3)) for m in (MeshConfig(), MeshConfig(2, 2, 2))
-    )
-    jax.tree.map(np.testing.assert_array_equal, one, eight)
-    assert len(set(one[0])) > 3
+@pytest.mark.parametrize("rule", ["bernoulli", "vip"])
+def test_state_survives_a_checkpoint(rule: str, tmp_path: Path) -> None:
+    p = programs(rule, mesh=EIGHT)
+    stats = p.init()
+    index_P, prompt_of_B = np.arange(P, dtype=np.int32), np.repeat(np.arange(P, dtype=np.int32), B // P)
+    stats = p.record(stats, index_P, prompt_of_B, (np.arange(B) % 3 == 0).astype(np.float32), None, 3)
+    with Checkpointer(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, {"stats": stats}, {}, None)
+    with Checkpointer(tmp_path / "checkpoints", keep=1) as checkpoints:
+        saved, _ = checkpoints.restore(1, {"stats": p.abstract_stats})
+    assert isinstance(saved["stats"], AllocationState)
+    jax.tree.map(np.testing.assert_array_equal, saved["stats"], stats)
+    assert jax.tree.structure(saved["stats"]) == jax.tree.structure(stats)
+
+
+@pytest.mark.parametrize("rule", ["bernoulli", "vip"])
+def test_padding_teaches_nothing(rule: str) -> None:
+    p, index_P = programs(rule), np.arange(P, dtype=np.int32)
+    nothing = p.record(p.init(), index_P, np.full(B, P, np.int32), np.ones(B, np.float32), None, 1)
+    for found, expected in zip(nothing.prompts[:3], p.init().prompts[:3], strict=True):
+        np.testing.assert_array_equal(found, expected)
+    if nothing.gp is not None:
+        assert not nothing.gp.precision_MM.any()
+
+
+def test_released_is_the_released_rule() -> None:
+    """With a half-life that never fades anything, its counts are whole and its priorities the released ones."""
+    p = programs("released", half_life=1e9)
+    *steps, _, _ = run(p, 30)
+    successes_N, trials_N = np.zeros(N, int), np.zeros(N, int)
+    for index_P, counts_P, prompt_of_B, success_P, reward_B in steps:
+        priority_P = released_priority(successes_N[index_P], trials_N[index_P])
+        np.testing.assert_array_equal(counts_P, released_allocate(trials_N[index_P], priority_P, B, 2, 24, 4))
+        np.testing.assert_allclose(success_P, (successes_N[index_P] + 1) / (trials_N[index_P] + 2), rtol=1e-5)
+        np.add.at(successes_N, index_P[prompt_of_B], reward_B > 0.5)
+        np.add.at(trials_N, index_P[prompt_of_B], 1)
+
+
+def test_gvm_gives_more_where_gradients_are_large() -> None:
+    p, index_P = programs("gvm", low=1), np.arange(P, dtype=np.int32)
+    prompt_of_B = np.repeat(index_P, B // P)
+    norm_B = np.where(prompt_of_B < 4, 1.0, 3.0).astype(np.float32)
+    reward_B = (np.arange(B) % 2).astype(np.float32)
+    stats = p.record(p.init(), index_P, prompt_of_B, reward_B, norm_B, 1)
+    counts_P = np.asarray(p.allocate(stats, index_P, 1)[0])
+    np.testing.assert_array_equal(counts_P, [4] * 4 + [12] * 4)
+    with pytest.raises(ValueError, match="norm_B = None; rule gvm"):
+        p.record(stats, index_P, prompt_of_B, reward_B, None, 2)
+
+
+def test_vip_needs_features() -> None:
+    config = dataclasses.replace(CONFIG, rule="vip")
+    for features_NF in (None, np.zeros((N - 1, 4), np.float32)):
+        with pytest.raises(ValueError, match="needs features of all 40 prompts"):
+            AllocationPrograms(config, N, B, make_mesh(MeshConfig(), jax.devices()[:1]), features_NF=features_NF)
+
+
+def test_reinforce_ada_needs_an_even_first_round() -> None:
+    p = programs("reinforce_ada")
+    with pytest.raises(ValueError, match="budget = 64 is not a multiple of 7 prompts"):
+        p.allocate(p.init(), np.arange(7, dtype=np.int32), 1)

@@ -1,0 +1,132 @@
+"""From a run's settings to what each token of a mini-batch brings to the loss: its advantage, and which tokens count.
+
+Means, maxima, thresholds and counts are over the whole mini-batch: this runs once an update, before the micro-batches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dynamo_jax.batch import TokenStats, micro_batches, whole
+from dynamo_jax.config import Config
+from dynamo_jax.objective.modulation import entropy_change, modulate
+from dynamo_jax.objective.policy_loss import log_ratio
+from dynamo_jax.objective.selection import clip_cov_tokens, fork_tokens, kl_cov_tokens, token_priority
+from dynamo_jax.objective.shaping import entropy_advantage
+
+Metrics = dict[str, jax.Array]
+
+
+class TokenTerms(NamedTuple):
+    """Nothing here carries a gradient. None: the method does not use it."""
+
+    advantage_MC: jax.Array  # float32
+    keep_MC: jax.Array | None  # bool; False: no policy loss, but still counted in the denominators
+    kl_MC: jax.Array | None  # float32, coefficient of |log ratio|
+
+
+def token_terms(
+    advantage_M: jax.Array, random_M: jax.Array, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
+) -> tuple[TokenTerms, Metrics]:
+    """What `policy_loss` needs beside the statistics that carry the gradient, and the metrics of the method.
+
+    Args:
+        advantage_M: float32, group-relative. random_M: uint32, a random number of each rollout.
+        old: statistics under the policy that sampled; `now`: under the policy that is updated.
+        mask_MC: 1 for tokens that count.
+    """
+    c = config.objective
+    advantage_MC, metrics = token_advantages(advantage_M, old, now, mask_MC, config)
+    keep_MC = kl_MC = None
+    tokens = jnp.maximum(jnp.sum(mask_MC), 1)
+    if c.fork_fraction is not None:
+        keep_MC, threshold = fork_tokens(now.entropy, mask_MC, c.fork_fraction)
+        metrics |= {
+            "objective/fork_fraction": jnp.sum(keep_MC * mask_MC) / tokens,
+            "objective/fork_threshold": threshold,
+        }
+    if c.clip_cov.enabled or c.kl_cov.enabled:
+        priority_MC = token_priority(jax.random.key(0), random_M, mask_MC.shape[1])
+    if c.clip_cov.enabled:
+        # The ratio that the clip sees, as a difference to logp.
+        seen_MC = now.logp - log_ratio(now.logp, old.logp, mask_MC, c.ratio)
+        detached_MC = clip_cov_tokens(
+            now.logp,
+            seen_MC,
+            advantage_MC,
+            mask_MC,
+            priority_MC,
+            fraction=c.clip_cov.fraction,
+            low=c.clip_cov.low,
+            high=c.clip_cov.high,
+            clip_low=c.clip_low,
+            clip_high=c.clip_high,
+        )
+        keep_MC = ~detached_MC if keep_MC is None else keep_MC & ~detached_MC
+        metrics["objective/clip_cov_fraction"] = jnp.sum(detached_MC) / tokens
+    if c.kl_cov.enabled:
+        penalised_MC = kl_cov_tokens(now.logp, advantage_MC, mask_MC, priority_MC, fraction=c.kl_cov.fraction)
+        kl_MC = c.kl_cov.coefficient * penalised_MC
+        metrics["objective/kl_cov_fraction"] = jnp.sum(penalised_MC) / tokens
+    return TokenTerms(advantage_MC, keep_MC, kl_MC), metrics
+
+
+def token_advantages(
+    advantage_M: jax.Array, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
+) -> tuple[jax.Array, Metrics]:
+    """The advantage of each token [M, C]: its rollout's, grown by its entropy, times DynaMO's two factors."""
+    e, m = config.objective.entropy_advantage, config.modulation
+    advantage_MC, metrics = advantage_M[:, None] * mask_MC, {}
+    tokens = jnp.maximum(jnp.sum(mask_MC), 1)
+    if e.enabled:
+        grown_MC = entropy_advantage(advantage_MC, now.entropy, mask_MC, e.alpha, e.kappa)
+        metrics["objective/entropy_advantage"] = jnp.sum((grown_MC - advantage_MC) * mask_MC) / tokens
+        advantage_MC = grown_MC
+    if not m.enabled:
+        return advantage_MC, metrics
+    if m.scope == "minibatch":
+        advantage_MC, comp_MC, stab_MC = _modulated(advantage_MC, old, now, mask_MC, config)
+    else:
+        packed = micro_batches((advantage_MC, old, now, mask_MC), config.micro_batch)
+        modulated = jax.lax.map(lambda x: _modulated(x[0], x[1], x[2], x[3], config), packed)
+        advantage_MC, comp_MC, stab_MC = whole(modulated)
+    return advantage_MC, metrics | {  # the factors are exactly 1 on padding, so maxima and minima need no mask
+        "modulation/comp_mean": jnp.sum(comp_MC * mask_MC) / tokens,
+        "modulation/comp_max": jnp.max(comp_MC),
+        "modulation/stab_mean": jnp.sum(stab_MC * mask_MC) / tokens,
+        "modulation/stab_min": jnp.min(stab_MC),
+    }
+
+
+def _modulated(
+    advantage_MC: jax.Array, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    c, m = config.objective, config.modulation
+    change_MC = entropy_change(
+        now.logp,
+        old.logp,
+        now.entropy,
+        now.lambda_mean,
+        advantage_MC,
+        mask_MC,
+        c.clip_low,
+        c.clip_high,
+        c.clip_ratio_c,
+        baseline=m.entropy_change,
+        log_ratio=log_ratio(now.logp, old.logp, mask_MC, c.ratio),
+    )
+    return modulate(
+        advantage_MC,
+        now.entropy,
+        change_MC,
+        mask_MC,
+        alpha=m.alpha,
+        lambda_min=m.lambda_min,
+        gamma=m.gamma,
+        tau=m.tau,
+        compensation=m.compensation,
+        stabilisation=m.stabilisation,
+    )
