@@ -233,3 +233,10 @@ def test_methods_that_cannot_run_are_refused(tmp_path, override, key):
 def test_methods_that_do_not_go_together_are_refused(tmp_path, overrides, word):
     with pytest.raises(ConfigError, match=word):
         load(tmp_path, MINIMAL, *overrides)
+
+
+def test_micro_batch_is_free_on_resume_unless_modulation_depends_on_it(tmp_path):
+    for scope, changes in (("minibatch", []), ("microbatch", ["trainer.micro_batch: None -> 64"])):
+        text = f"{MINIMAL}modulation: {{scope: {scope}}}\n"
+        old, new = (resolved(load(tmp_path, text, *o)) for o in ([], ["trainer.micro_batch=64"]))
+        assert differences(old, new) == changes

@@ -82,8 +82,8 @@ def allocate(sigma: jax.Array, budget: int, low: int, high: int) -> jax.Array:
         """How many steps of each prompt gain at least the threshold, up to _SLACK of the threshold."""
         ratio_P = sigma_P * (1.0 / threshold)
         # sqrt(ratio^2 + 1/4) + 1/2. XLA would take a plain square of a constant sigma apart, into inf * 0.
-        n_P = jnp.floor(jnp.sqrt((ratio_P - 0.5) * (ratio_P + 0.5) + 0.5) + 0.5)
-        return jnp.clip(n_P, low, top).astype(jnp.int32) - low
+        n_P = jnp.sqrt((ratio_P - 0.5) * (ratio_P + 0.5) + 0.5) + 0.5
+        return jnp.clip(n_P, low, top).astype(jnp.int32) - low  # rounds down; `floor` takes as long as all the rest
 
     def halve(interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         reached, missed = interval
@@ -130,7 +130,9 @@ def largest_steps(gain_SP: jax.Array, extra: jax.Array | int, least: jax.Array |
     start = _pattern(jnp.min(gain_SP) if least is None else least), _pattern(jnp.max(gain_SP)) + 1
     bits, above = lax.while_loop(lambda i: i[1] - i[0] > 1, halve, start)
     certain_P = steps_reaching(above)
-    return certain_P + _first(steps_reaching(bits) - certain_P, extra - jnp.sum(certain_P))
+    tied_P, left = steps_reaching(bits) - certain_P, extra - jnp.sum(certain_P)
+    # Mostly they are exactly what is left; to find the first of them takes a sixth of the time of all.
+    return certain_P + lax.cond(jnp.sum(tied_P) == left, lambda: tied_P, lambda: _first(tied_P, left))
 
 
 def rows_from_counts(counts: jax.Array, budget: int) -> jax.Array:

@@ -60,6 +60,8 @@ def dump_config(config: Config) -> str:
 def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = FREE_ON_RESUME) -> list[str]:
     """`key: old -> new` for each resolved key that differs and changes the result (is not under `free`)."""
     a, b = _flatten(old), _flatten(new)
+    if "microbatch" in (a.get("modulation.scope"), b.get("modulation.scope")):
+        free = [key for key in free if key != "trainer.micro_batch"]
     return [
         f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())
