@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_policy_loss import CLIP, random_batch
 
 from dynamo_jax.batch import micro_batches
 from dynamo_jax.objective import (
@@ -17,18 +18,8 @@ from dynamo_jax.objective import (
     token_priority,
 )
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.2}
 NO_CLIP = {"clip_low": None, "clip_high": None}
 ARRAYS = ("keep", "kl_coef", "weight", "entropy")
-
-
-def random_batch(M=8, C=6, seed=0):
-    rng = np.random.default_rng(seed)
-    logp = rng.uniform(-3, -0.1, (M, C)).astype(np.float32)
-    old_logp = (logp + rng.normal(0, 0.4, (M, C))).astype(np.float32)
-    advantages = rng.normal(0, 1, (M, 1)).astype(np.float32)
-    mask = np.arange(C) < rng.integers(1, C + 1, (M, 1))
-    return tuple(jnp.asarray(x) for x in (logp, old_logp, advantages, mask))
 
 
 def priority(mask):
