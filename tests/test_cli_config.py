@@ -76,7 +76,7 @@ VALUES = {
     "trainer.stepz=3": ["trainer.stepz: unknown key", "'steps'"],
     "device=foo": ['device = "foo"', "'auto', 'cpu', 'gpu' or 'tpu'"],
     "device=cuda": ['device = "cuda"', "'gpu'"],
-    "allocation.rule=best": ['allocation.rule = "best"', "'uniform', 'bernoulli' or 'neyman'"],
+    "allocation.rule=best": ['allocation.rule = "best"', "'uniform', 'bernoulli', 'neyman'"],
     "trainer.steps=1.5": ["trainer.steps = 1.5", "integer"],
     "trainer.steps=true": ["trainer.steps = true", "integer"],
     "trainer.steps='3'": ['trainer.steps = "3"', "integer"],
