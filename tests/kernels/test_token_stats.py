@@ -51,8 +51,8 @@ def value_and_gradients(hidden, head, targets, g_logp, g_entropy, temperature, *
 IMPLEMENTATIONS = [
     pytest.param({"impl": "reference"}, id="reference"),
     pytest.param({"impl": "chunked"}, id="chunked, one chunk"),
-    pytest.param({"impl": "chunked", "chunk_tokens": 8}, id="chunked, 8 at a time"),
-    pytest.param({"impl": "auto", "chunk_tokens": 1}, id="auto, 1 at a time"),
+    pytest.param({"impl": "chunked", "blocks": (8, 4096)}, id="chunked, 8 tokens at a time"),
+    pytest.param({"impl": "auto", "blocks": (21, 100)}, id="chunked, 100 columns"),
 ]
 
 
@@ -88,22 +88,41 @@ def test_bfloat16_against_float64(options, V):
 
 def test_jit_and_empty():
     hidden, head, targets, *_ = inputs(21, 151, jnp.float32)
-    f = jax.jit(token_stats, static_argnames=("temperature", "impl", "chunk_tokens"))
+    f = jax.jit(token_stats, static_argnames=("temperature", "impl", "blocks"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        f(hidden, head, targets, chunk_tokens=4),
+        f(hidden, head, targets, blocks=(4, 100)),
         f(hidden, head, targets, impl="reference"),
     )
     assert f(hidden[:0], head, targets[:0]).logp.shape == (0,)
 
 
-def test_tokens_spread_over_devices():
-    """With T sharded over eight devices: the same values and gradients, and results sharded as T."""
+AXES = (jax.sharding.AxisType.Auto,) * 3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(2, 4, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8), (2, 2, 2)], ids=str)
+def test_on_a_mesh(shape, masked):
+    """Tokens and vocabulary over devices: values and gradients as on one, results where the tokens are."""
+    args = inputs(64, 152, jnp.float32)
+    mask = jnp.arange(64) % 3 != 0 if masked else None
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=AXES)
+    by_token, by_column = (NamedSharding(mesh, PartitionSpec(axes)) for axes in (("data", "fsdp"), "tensor"))
+    placed = [jax.device_put(x, by_column if x is args[1] else by_token) for x in args]
+    options = {"mask": mask, "blocks": (4, 64)}
+    ours = jax.jit(lambda *args: value_and_gradients(*args, 0.7, mesh=mesh, **options))(*placed)
+    for x, y in zip(ours, value_and_gradients(*args, 0.7, mask=mask), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    assert ours[0].sharding.is_equivalent_to(by_token, 1)
+
+
+def test_tokens_spread_over_devices_by_xla():
+    """The same without a mesh, as long as the tokens are one block."""
     args = inputs(64, 151, jnp.float32)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=AXES[:1])
     by_token, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     placed = [jax.device_put(x, everywhere if x is args[1] else by_token) for x in args]
-    f = jax.jit(lambda *args: value_and_gradients(*args, 1.0, impl="chunked", chunk_tokens=16))
+    f = jax.jit(lambda *args: value_and_gradients(*args, 1.0, impl="chunked", blocks=(64, 64)))
     ours = f(*placed)
     for x, y in zip(ours, f(*args), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -132,7 +151,7 @@ def test_chunked_never_holds_tokens_times_vocabulary():
         return max(sizes(jax.make_jaxpr(f)(hidden, head).jaxpr))
 
     assert largest(impl="reference") >= T * V
-    assert largest(impl="chunked", chunk_tokens=32) <= 32 * V
+    assert largest(impl="chunked", blocks=(32, 512)) <= V * D
 
 
 def test_bad_arguments_are_refused():
@@ -147,5 +166,5 @@ def test_bad_arguments_are_refused():
         token_stats(hidden, head, targets.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"temperature = 0.0"):
         token_stats(hidden, head, targets, 0.0)
-    with pytest.raises(ValueError, match="chunk_tokens = 0"):
-        token_stats(hidden, head, targets, chunk_tokens=0)
+    with pytest.raises(ValueError, match=r"blocks = \(0, 8\)"):
+        token_stats(hidden, head, targets, blocks=(0, 8))

@@ -25,4 +25,5 @@ def logits(hidden_TD: jax.Array, head_VD: jax.Array, temperature: float) -> jax.
     """[T, V] logits over temperature, float32 or wider. Full precision: a TPU would multiply float32 as bfloat16."""
     dtype = jnp.result_type(hidden_TD, head_VD, jnp.float32)
     precision = lax.Precision.HIGHEST
-    return jnp.einsum("td,vd->tv", hidden_TD, head_VD, precision=precision, preferred_element_type=dtype) / temperature
+    z_TV = jnp.einsum("td,vd->tv", hidden_TD, head_VD, precision=precision, preferred_element_type=dtype)
+    return z_TV if temperature == 1.0 else z_TV / temperature
