@@ -14,7 +14,7 @@ from dynamo_jax.kernels.token_stats import chunked
 from dynamo_jax.kernels.token_stats.reference import reference_token_stats
 from dynamo_jax.kernels.token_stats.vjp import Inputs, Plan, fused_token_stats
 
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas", "pallas_tpu", "pallas_gpu")
 
 
 def token_stats(
@@ -43,7 +43,9 @@ def token_stats(
         head: float [V, D], the output embedding.
         targets: int [T], each in [0, V); not checked, values may be traced.
         temperature: the policy's sampling temperature, a Python float > 0.
-        impl: `reference` (plain, keeps [T, V]), `chunked` (XLA, a block of [T, V] at a time) or `auto`.
+        impl: `reference` (plain, keeps [T, V]), `chunked` (XLA, a block of [T, V] at a time), `pallas` (forward pass in
+            the kernel for the platform, float32 sums) or `auto` (`pallas` on TPUs, else `chunked`). `pallas_tpu` and
+            `pallas_gpu` name a kernel; off its platform it is interpreted, slowly.
         mask: bool or number [T], the tokens that count (not 0). Others get zeros and give no gradient; whole tiles of
             them cost nothing. None: all count.
         mesh: run on this mesh, tokens split over `token_axes` and the vocabulary over `vocab_axis` (None: not split);
@@ -82,7 +84,10 @@ def token_stats(
         return stats if mask is None else TokenStats(*(jnp.where(mask, x, 0.0) for x in stats))
     axes = _mesh_axes(mesh, token_axes, vocab_axis, hidden.shape[0], head.shape[0])
     sizes = None if blocks is None else chunked.Blocks(*blocks)
-    return fused_token_stats(Plan(temperature, sizes, mesh, *axes), Inputs(hidden, head, targets, mask))
+    # Without a mesh, only on one device is it certain that XLA need not split the kernel, which it cannot.
+    if impl == "auto" and ((mesh is None and jax.device_count() > 1) or jnp.result_type(hidden, head) == jnp.float64):
+        impl = "chunked"
+    return fused_token_stats(Plan(impl, temperature, sizes, mesh, *axes), Inputs(hidden, head, targets, mask))
 
 
 def _mesh_axes(

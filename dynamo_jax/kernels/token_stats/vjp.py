@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from dynamo_jax.batch import TokenStats
-from dynamo_jax.kernels.token_stats import chunked
+from dynamo_jax.kernels.token_stats import chunked, dispatch
 from dynamo_jax.kernels.token_stats.sums import ABSENT, Softmax, finish, merge_devices
 
 
@@ -26,6 +26,7 @@ from dynamo_jax.kernels.token_stats.sums import ABSENT, Softmax, finish, merge_d
 class Plan:
     """Everything static. `mesh` None: one device, or arrays that XLA places by itself."""
 
+    impl: str
     temperature: float
     blocks: chunked.Blocks | None = None
     mesh: Mesh | None = None
@@ -60,7 +61,9 @@ def fused_token_stats(plan: Plan, inputs: Inputs) -> TokenStats:
 def _forward(plan: Plan, inputs: Inputs) -> tuple[TokenStats, tuple[Inputs, Softmax]]:
     def local(inputs: Inputs) -> tuple[TokenStats, Softmax]:
         rows = _wanted_first(plan, inputs)
-        sums = chunked.forward(rows.hidden, inputs.head, rows.targets, rows.live, plan.temperature, plan.blocks)
+        sums = dispatch.forward(
+            plan.impl, plan.mesh, rows.hidden, inputs.head, rows.targets, rows.live, plan.temperature, plan.blocks
+        )
         if plan.vocab_axis is not None:
             sums = merge_devices(sums, plan.vocab_axis)
         stats, softmax = finish(sums)
