@@ -44,7 +44,7 @@ def token_stats(
         targets: int [T], each in [0, V); not checked, values may be traced.
         temperature: the policy's sampling temperature, a Python float > 0.
         impl: `reference` (plain, keeps [T, V]), `chunked` (XLA, a block of [T, V] at a time), `pallas` (forward pass in
-            the kernel for the platform, float32 sums) or `auto` (`pallas` on TPUs, else `chunked`). `pallas_tpu` and
+            the kernel for the platform) or `auto` (`pallas` for bfloat16 on TPUs, else `chunked`). `pallas_tpu` and
             `pallas_gpu` name a kernel; off its platform it is interpreted, slowly.
         mask: bool or number [T], the tokens that count (not 0). Others get zeros and give no gradient; whole tiles of
             them cost nothing. None: all count.
@@ -84,8 +84,9 @@ def token_stats(
         return stats if mask is None else TokenStats(*(jnp.where(mask, x, 0.0) for x in stats))
     axes = _mesh_axes(mesh, token_axes, vocab_axis, hidden.shape[0], head.shape[0])
     sizes = None if blocks is None else chunked.Blocks(*blocks)
-    # Without a mesh, only on one device is it certain that XLA need not split the kernel, which it cannot.
-    if impl == "auto" and ((mesh is None and jax.device_count() > 1) or jnp.result_type(hidden, head) == jnp.float64):
+    # Without a mesh, only on one device is it certain that XLA need not split the kernel, which it cannot. In float32
+    # both passes had better make the very same logits: at 50 the last bit is 4e-6, which bfloat16 gradients hide.
+    if impl == "auto" and ((mesh is None and jax.device_count() > 1) or hidden.dtype != jnp.bfloat16):
         impl = "chunked"
     return fused_token_stats(Plan(impl, temperature, sizes, mesh, *axes), Inputs(hidden, head, targets, mask))
 

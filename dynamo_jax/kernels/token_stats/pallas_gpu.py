@@ -111,7 +111,7 @@ def _kernel(
             def one_piece(k: Any, z: Any) -> Any:
                 a = load(hidden_ref, rows, row < T, k * width)
                 b = load(head_ref, columns, column < V, k * width)
-                return z + pl.dot(a, b, trans_b=True, precision=precision)
+                return z + plgpu.dot(a, b, trans_b=True, precision=precision)
 
             z = lax.fori_loop(0, pl.cdiv(D, width), one_piece, jnp.zeros((blocks.tokens, blocks.vocab), jnp.float32))
             z = jnp.where(column[None, :] < V, z if scale == 1.0 else z * scale, ABSENT)

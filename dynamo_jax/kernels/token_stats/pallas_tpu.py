@@ -214,15 +214,16 @@ def _take_rows(z_ref: Any, place_ref: Any, sum_refs: Any, rows: Any, first: Any)
     top = old.top
     for x in z:
         top = jnp.maximum(top, x)
-    _, A, B, C, E, target = rescaled(old, top)
+    q, (_, a, B, C, E, target) = rescaled(old, top)
     place = place_ref[rows, :] - first
+    e_sum = jnp.zeros_like(top)
     for c, x in enumerate(z):
         u = x - top
         e = jnp.exp(u)
         ue, ee = u * e, e * e
-        A, B, C, E = A + e, B + ue, C + ee, E + ue * e
+        e_sum, B, C, E = e_sum + e, B + ue, C + ee, E + ue * e
         target = jnp.where(place == c * LANES, x, target)
-    for ref, x in zip(sum_refs, (top, A, B, C, E, target), strict=True):
+    for ref, x in zip(sum_refs, (top, q * a + (e_sum - (1.0 - q)), B, C, E, target), strict=True):
         ref[rows, :] = x
 
 

@@ -124,7 +124,10 @@ def _wanted_first(plan: Plan, inputs: Inputs) -> Rows:
     """Tokens sorted so that whole tiles at the end can be skipped, in a device's own share: none moves to another."""
     targets = inputs.targets
     if plan.vocab_axis is not None:
-        targets = targets - lax.axis_index(plan.vocab_axis) * inputs.head.shape[0]
+        columns = inputs.head.shape[0]
+        targets = targets - lax.axis_index(plan.vocab_axis) * columns
+        # Of another device: no column at all, not one of those beyond the end that a block may have.
+        targets = jnp.where((targets >= 0) & (targets < columns), targets, -1)
     if inputs.mask is None:
         return Rows(inputs.hidden, targets, None, None)
     order = jnp.argsort(~inputs.mask, stable=True)
