@@ -84,8 +84,8 @@ def token_stats(
         return stats if mask is None else TokenStats(*(jnp.where(mask, x, 0.0) for x in stats))
     axes = _mesh_axes(mesh, token_axes, vocab_axis, hidden.shape[0], head.shape[0])
     sizes = None if blocks is None else chunked.Blocks(*blocks)
-    # Without a mesh, only on one device is it certain that XLA need not split the kernel, which it cannot. In float32
-    # both passes had better make the very same logits: at 50 the last bit is 4e-6, which bfloat16 gradients hide.
+    # Without a mesh, only on one device is it certain that XLA need not split the kernel, which it cannot. float32
+    # takes the matrix unit six passes, beside which the kernel saves nothing.
     if impl == "auto" and ((mesh is None and jax.device_count() > 1) or hidden.dtype != jnp.bfloat16):
         impl = "chunked"
     return fused_token_stats(Plan(impl, temperature, sizes, mesh, *axes), Inputs(hidden, head, targets, mask))
