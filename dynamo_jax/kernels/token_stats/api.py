@@ -84,9 +84,10 @@ def token_stats(
         return stats if mask is None else TokenStats(*(jnp.where(mask, x, 0.0) for x in stats))
     axes = _mesh_axes(mesh, token_axes, vocab_axis, hidden.shape[0], head.shape[0])
     sizes = None if blocks is None else chunked.Blocks(*blocks)
-    # Without a mesh, only on one device is it certain that XLA need not split the kernel, which it cannot. float32
-    # takes the matrix unit six passes, beside which the kernel saves nothing.
-    if impl == "auto" and ((mesh is None and jax.device_count() > 1) or hidden.dtype != jnp.bfloat16):
+    # XLA cannot split the kernel over devices: without a mesh there must be one, and none are known ahead of time.
+    # float32 takes the matrix unit six passes, beside which the kernel saves nothing.
+    alone = jax.default_backend() == "tpu" and jax.device_count() == 1
+    if impl == "auto" and ((mesh is None and not alone) or hidden.dtype != jnp.bfloat16):
         impl = "chunked"
     return fused_token_stats(Plan(impl, temperature, sizes, mesh, *axes), Inputs(hidden, head, targets, mask))
 
