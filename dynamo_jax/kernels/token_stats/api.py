@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dynamo_jax.batch import TokenStats
-from dynamo_jax.kernels.token_stats.chunked import chunked_token_stats
+from dynamo_jax.kernels.token_stats import chunked
 from dynamo_jax.kernels.token_stats.reference import reference_token_stats
+from dynamo_jax.kernels.token_stats.vjp import Inputs, Plan, fused_token_stats
 
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas", "pallas_tpu", "pallas_gpu")
 
 
 def token_stats(
@@ -19,7 +24,11 @@ def token_stats(
     temperature: float = 1.0,
     impl: str = "auto",
     *,
-    chunk_tokens: int | None = None,
+    mask: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    token_axes: Sequence[str] = ("data", "fsdp"),
+    vocab_axis: str | None = "tensor",
+    blocks: tuple[int, int] | None = None,
 ) -> TokenStats:
     """What the objective needs of pi = softmax(hidden @ head.T / temperature), for each token:
 
@@ -34,14 +43,20 @@ def token_stats(
         head: float [V, D], the output embedding.
         targets: int [T], each in [0, V); not checked, values may be traced.
         temperature: the policy's sampling temperature, a Python float > 0.
-        impl: `reference` (plain, keeps [T, V]), `chunked` (never holds [T, V]) or `auto` (chunked).
-        chunk_tokens: tokens whose logits `chunked` holds at once; None: as many as fit 256 MiB of float32 logits.
+        impl: `reference` (plain, keeps [T, V]), `chunked` (XLA, a block of [T, V] at a time), `pallas` (forward pass in
+            the kernel for the platform) or `auto` (`pallas` for bfloat16 on TPUs, else `chunked`). `pallas_tpu` and
+            `pallas_gpu` name a kernel; off its platform it is interpreted, slowly.
+        mask: bool or number [T], the tokens that count (not 0). Others get zeros and give no gradient; whole tiles of
+            them cost nothing. None: all count.
+        mesh: run on this mesh, tokens split over `token_axes` and the vocabulary over `vocab_axis` (None: not split);
+            each device needs an equal share. Without it XLA places the arrays, which suits one device.
+        blocks: (tokens, vocabulary) of the logits that exist at a time; None: the platform's best.
 
     Returns:
         TokenStats, each float32 [T], nats (float64 for float64 inputs). Gradients have the dtypes of the inputs.
 
-    Raises ValueError for another impl, shapes that do not fit, targets that are not integers, temperature <= 0 or
-    chunk_tokens < 1.
+    Raises ValueError for another impl, shapes that do not fit, targets that are not integers, temperature <= 0, blocks
+    below 1, or a mesh whose axes do not divide T and V.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"token_stats: impl = {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}.")
@@ -55,12 +70,44 @@ def token_stats(
             f"token_stats: targets are {targets.dtype}{targets.shape} for hidden {hidden.shape}; "
             f"give integers of shape ({hidden.shape[0]},)."
         )
+    if mask is not None and mask.shape != targets.shape:
+        raise ValueError(f"token_stats: mask has shape {mask.shape} for targets {targets.shape}; give one a token.")
     if temperature <= 0:
         raise ValueError(
             f"token_stats: temperature = {temperature}; it must be above 0 (1.0 leaves logits as they are)."
         )
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"token_stats: chunk_tokens = {chunk_tokens}; give at least 1, or None to choose.")
-    if impl == "reference":
-        return reference_token_stats(hidden, head, targets, temperature)
-    return chunked_token_stats(hidden, head, targets, temperature, chunk_tokens)
+    if blocks is not None and (len(blocks) != 2 or min(blocks) < 1):
+        raise ValueError(f"token_stats: blocks = {blocks}; give (tokens, vocabulary), each at least 1, or None.")
+    mask = None if mask is None else mask != 0
+    if impl == "reference" or hidden.shape[0] == 0:
+        stats = reference_token_stats(hidden, head, targets, temperature)
+        return stats if mask is None else TokenStats(*(jnp.where(mask, x, 0.0) for x in stats))
+    axes = _mesh_axes(mesh, token_axes, vocab_axis, hidden.shape[0], head.shape[0])
+    sizes = None if blocks is None else chunked.Blocks(*blocks)
+    # XLA cannot split the kernel over devices: without a mesh there must be one, and none are known ahead of time.
+    # float32 takes the matrix unit six passes, beside which the kernel saves nothing.
+    alone = jax.default_backend() == "tpu" and jax.device_count() == 1
+    if impl == "auto" and ((mesh is None and not alone) or hidden.dtype != jnp.bfloat16):
+        impl = "chunked"
+    return fused_token_stats(Plan(impl, temperature, sizes, mesh, *axes), Inputs(hidden, head, targets, mask))
+
+
+def _mesh_axes(
+    mesh: Mesh | None, token_axes: Sequence[str], vocab_axis: str | None, T: int, V: int
+) -> tuple[tuple[str, ...], str | None]:
+    """The axes that split something. Raises ValueError if they are not the mesh's or do not divide T and V."""
+    if mesh is None:
+        return (), None
+    for axis in (*token_axes, *([] if vocab_axis is None else [vocab_axis])):
+        if axis not in mesh.shape:
+            raise ValueError(f"token_stats: the mesh has axes {tuple(mesh.shape)}, but not {axis!r}.")
+    tokens = tuple(axis for axis in token_axes if mesh.shape[axis] > 1)
+    vocab = vocab_axis if vocab_axis is not None and mesh.shape[vocab_axis] > 1 else None
+    for name, size, over in (("T", T, tokens), ("V", V, () if vocab is None else (vocab,))):
+        devices = math.prod(mesh.shape[axis] for axis in over)
+        if size % devices:
+            raise ValueError(
+                f"token_stats: {name} = {size} does not divide over the {devices} devices of {', '.join(over)}; "
+                "pad it, or choose other axes."
+            )
+    return tokens, vocab

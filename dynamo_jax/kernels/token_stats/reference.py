@@ -22,7 +22,11 @@ def reference_token_stats(
 
 
 def logits(hidden_TD: jax.Array, head_VD: jax.Array, temperature: float) -> jax.Array:
-    """[T, V] logits over temperature, float32 or wider. Full precision: a TPU would multiply float32 as bfloat16."""
+    """[T, V] logits over temperature, float32 or wider. Full precision: a TPU would multiply float32 as bfloat16.
+
+    A product, as in the kernels: what a backward pass makes again has to be what its forward pass made.
+    """
     dtype = jnp.result_type(hidden_TD, head_VD, jnp.float32)
     precision = lax.Precision.HIGHEST
-    return jnp.einsum("td,vd->tv", hidden_TD, head_VD, precision=precision, preferred_element_type=dtype) / temperature
+    z_TV = jnp.einsum("td,vd->tv", hidden_TD, head_VD, precision=precision, preferred_element_type=dtype)
+    return z_TV if temperature == 1.0 else z_TV * (1.0 / temperature)
