@@ -75,7 +75,7 @@ def completion_mask(length_M: jax.Array, max_tokens: int) -> jax.Array:
 
 
 def completion_stats(model: Decoder, batch: TrainBatch, temperature: float) -> TokenStats:
-    """Log-prob, entropy and E[pi Lambda] of every completion token, each [M, C] float32; padding means nothing.
+    """Log-prob, entropy and E[pi Lambda] of every completion token, each [M, C] float32; 0 on padding.
 
     Prompts are left-padded, so every completion starts in slot L and slot L - 1 predicts its first token.
     """
@@ -85,7 +85,14 @@ def completion_stats(model: Decoder, batch: TrainBatch, temperature: float) -> T
     tokens_MS = jnp.concatenate([batch.prompt_tokens_ML, batch.tokens_MC], axis=1)
     hidden_MSD = model(tokens_MS, valid_MS)
     hidden_TD = hidden_MSD[:, L - 1 : L + C - 1].reshape(M * C, -1)
-    stats = token_stats(hidden_TD, model.head().astype(hidden_TD.dtype), batch.tokens_MC.reshape(-1), temperature)
+    stats = token_stats(
+        hidden_TD,
+        model.head().astype(hidden_TD.dtype),
+        batch.tokens_MC.reshape(-1),
+        temperature,
+        mask=completion_mask(batch.length_M, C).reshape(-1),
+        mesh=model.config.mesh,
+    )
     return jax.tree.map(lambda x: x.reshape(M, C), stats)
 
 
