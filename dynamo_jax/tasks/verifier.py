@@ -24,9 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from dynamo_jax.tasks.answers import compare
+from dynamo_jax.tasks.answers import cache_key, compare
 from dynamo_jax.tasks.extract import extract
-from dynamo_jax.tasks.latex import normalise
 from dynamo_jax.tasks.verifier_worker import read_message, write_message
 
 START_SECONDS = 120.0  # wall clock; importing sympy takes about a second, on a loaded machine many
@@ -164,7 +163,7 @@ class Verifier:
                 if verdict is not None or answer is None:
                     results.append(bool(verdict))
                     continue
-                pair = (gold, normalise(answer))
+                pair = cache_key(gold, answer)
                 known = self._recall(pair)
                 if known is not None:
                     results.append(known)

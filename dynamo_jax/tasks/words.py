@@ -14,16 +14,20 @@ _LEADING = set(
     "答案是 答案为 答案 是 为 约".split()
 )
 _ARTICLES = re.compile(r"\b(?:the|an|a)\s+")
+_SYNONYMS = dict.fromkeys(
+    ("no solutions", "no real solution", "no real solutions", "there are no solutions", "there is no solution"),
+    "no solution",
+) | {"dne": "does not exist"}
 _QUOTED = re.compile(r'"([^"]*)"')
 _JOINING = re.compile(r'"?\s*(?<![A-Za-z\\])(?:,\s*)?(?:and|or|and/or)(?![A-Za-z])\s*"?')
 _LEADING_WORDS = re.compile(r'("?)\s*([^\W\d_]+(?:[\s,]+[^\W\d_]+)*)\s*:?\s*+("?)\s*+(?![\^_(=])')
-_CHOICE = re.compile(r'"?(?:(?:option|choice|answer)\b\s*:?\s*"?)?\s*\(?\s*([A-Z])\s*\)?\s*[.:]?\s*"?')
+_CHOICE = re.compile(r'"?(?:(?i:option|choice|answer)\b\s*:?\s*"?)?\s*\(?\s*([A-Z])\s*\)?\s*[.:]?\s*"?')
 _LABELLED_CHOICE = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[.:)])\s")
 _UNIT = (
     r"(?:km|cm|mm|nm|dm|kg|mg|sec|secs|min|mins|hr|hrs|hours?|minutes?|seconds?|days?|weeks?|months?|years?|miles?|mi|mph|"
     r"feet|foot|ft|inch|inches|in|yards?|yd|meters?|metres?|kilometers?|centimeters?|cents?|dollars?|degrees?|deg|rad|"
     r"radians?|units?|square|sq|cubic|per|liters?|litres?|ml|mL|kJ|kPa|kW|MeV|keV|eV|Hz|kHz|MHz|Pa|mol|mph|rpm|psi|erg|ergs|"
-    r"km/h|amu|AU|pc|Mpc|kpc|nC|mC|[mgsNJWKVACLTF])"
+    r"km/h|USD|EUR|dB|\\Omega|ohms?|amu|AU|pc|Mpc|kpc|nC|mC|[mgsNJWKVACLTF])"
 )
 _UNITS = re.compile(rf"(?P<value>.*[\d}})!])\s*(?P<units>{_UNIT}(?:[\s/\\cdot]*(?:\^\s*\{{?-?\d\}}?)?\s*{_UNIT})*\s*"
                     r"(?:\^\s*\{?-?\d\}?)?)", re.DOTALL)  # fmt: skip
@@ -38,8 +42,8 @@ def as_words(text: str) -> str | None:
     words = re.findall(r"[^\W\d_]+", plain)
     if not words or not ('"' in text or max(map(len, words)) >= 3) or max(map(len, words)) < 2 or "," in plain:
         return None
-    joined = " ".join(plain.split()).strip(" .!()")
-    return _ARTICLES.sub("", joined.casefold() + " ").strip() or None
+    joined = _ARTICLES.sub("", " ".join(plain.split()).strip(" .!()").casefold() + " ").strip()
+    return _SYNONYMS.get(joined, joined) or None
 
 
 def choice(text: str) -> str | None:
@@ -86,7 +90,7 @@ def without_remark(text: str) -> str:
     return head
 
 
-def without_units(text: str) -> str:
-    """A number without the bare units or words that follow it: `3 m/s`, `12 ways`."""
-    match = _UNITS.fullmatch(text) or _REMARK.fullmatch(text)
+def without_units(text: str, words_only: bool = False) -> str:
+    """A number without the bare units or words that follow it: `3 m/s`, `12 ways`; `words_only`: not without the m."""
+    match = (None if words_only else _UNITS.fullmatch(text)) or _REMARK.fullmatch(text)
     return match.group("value").strip() if match else text
