@@ -18,7 +18,7 @@ _SYMBOLS = {
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "⌀": r"\emptyset ", "ℝ": r"\mathbb{R}",
     "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "°": "", "º": "", "…": r"\ldots ", "∑": r"\sum ", "∏": r"\prod ",
     "∫": r"\int ", "′": "'", "∠": r"\angle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
-    "€": "", "£": "", "¥": "", "₹": "", "∖": r"\setminus ", "←": r"\leftarrow ", "→": r"\to ",
+    "€": "", "¢": "", "£": "", "¥": "", "₹": "", "∖": r"\setminus ", "←": r"\leftarrow ", "→": r"\to ",
     "，": ",", "、": ",", "；": ";", "。": ".", "“": "", "”": "",
 }  # fmt: skip
 GREEK = (
@@ -44,6 +44,7 @@ _COMMANDS = {
     "imath": "i", "lg": r"\log_{10}", "tg": r"\tan", "ctg": r"\cot", "arctg": r"\arctan", "colon": ":",
     "varphi": r"\phi ", "varepsilon": r"\epsilon ", "varrho": r"\rho ", "vartheta": r"\theta ",
     **dict.fromkeys("underline underbrace uline tiny small normalsize large Large LARGE huge Huge".split(), ""),
+    **dict.fromkeys("checkmark blacksquare square Box qed bbox cent textcent".split(), ""),
     "backslash": r"\setminus ", "smallsetminus": r"\setminus ", "longrightarrow": r"\to ", "rightarrow": r"\to ",
     "mapsto": r"\to ", "euro": "", "pounds": "", "approxeq": r"\approx ",
     "thickapprox": r"\approx ", "simeq": r"\approx ",
@@ -56,6 +57,8 @@ _SPACES = re.compile(r"\\[,;:!> ]|~")
 _UNIT_FRACTION = re.compile(r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}")
 _MICRO = re.compile(r"\\mu\s*\\text\s*\{\s*([a-zA-Z])")
 _CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}")
+_BOLD_TEXT = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathsf)(?=\s*\{[A-Za-z]{2})")
+_MODULUS = re.compile(r"\\pmod\s*(?:\{\s*([^{}]*)\}|(\w+))")
 _HAT = re.compile(r"\\(?:hat|widehat)\s*(?:\{\s*([ijk])\s*\}|([ijk])(?![a-zA-Z]))")
 _COMPARISON = re.compile(r"<=|>=|=<|(?<=\s)!=|(?<=[a-zA-Z])!=(?=\s)")
 _COMPARISONS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne "}
@@ -97,6 +100,8 @@ def normalise(text: str) -> str:
     text = _HAT.sub(r"\1\2", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
     text = _COMPARISON.sub(lambda m: _COMPARISONS[m.group(0)], text)
     text = _DEGREES.sub("", _OPERATOR.sub(r"\\\1 ", text))
+    text = _BOLD_TEXT.sub(r"\\text", text)
+    text = _MODULUS.sub(r"\\pmod{\1\2}" if "\\equiv" in text else "", text)
     text = _COMMAND.sub(lambda m: _COMMANDS.get(m.group(1), m.group(0)), text)
     text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text)
     text = _MICRO.sub(r"\\text{u\1", text)

@@ -98,7 +98,7 @@ def _signs(text: str, independent: bool) -> list[str]:
 
 
 def _without_points(text: str) -> list[str]:
-    """The open intervals of `\\mathbb{R} \\setminus \\{1, 2\\}` or `x \\ne 1`; the text itself where that is not clear."""
+    """The intervals of `\\mathbb{R} \\setminus \\{1, 2\\}` or `x \\ne 1`; the text itself where that is not clear."""
     name, _, point = text.partition("\\ne ")
     match = _EXCLUSION.fullmatch(text)
     if point and is_name(name):

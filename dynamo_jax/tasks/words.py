@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 
+from dynamo_jax.tasks.exact import NotRationalError, evaluate
 from dynamo_jax.tasks.latex import key
 
 _LEADING = set(
@@ -20,7 +21,7 @@ _SYNONYMS = dict.fromkeys(
 ) | {"dne": "does not exist"}
 _QUOTED = re.compile(r'"([^"]*)"')
 _JOINING = re.compile(r'"?\s*(?<![A-Za-z\\])(?:,\s*)?(?:and|or|and/or)(?![A-Za-z])\s*"?')
-_LEADING_WORDS = re.compile(r'("?)\s*([^\W\d_]+(?:[\s,]+[^\W\d_]+)*)\s*:?\s*+("?)\s*+(?![\^_(=])')
+_LEADING_WORDS = re.compile(r'("?)\s*([^\W\d_]+(?:[\s,]+[^\W\d_]+)*)\s*[:,]?\s*+("?)\s*+(?![\^_(=])')
 _CHOICE = re.compile(r'"?(?:(?i:option|choice|answer)\b\s*:?\s*"?)?\s*\(?\s*([A-Z])\s*\)?\s*[.:]?\s*"?')
 _LABELLED_CHOICE = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[.:)])\s")
 _UNIT = (
@@ -31,6 +32,7 @@ _UNIT = (
 )
 _UNITS = re.compile(rf"(?P<value>.*[\d}})!])\s*(?P<units>{_UNIT}(?:[\s/\\cdot]*(?:\^\s*\{{?-?\d\}}?)?\s*{_UNIT})*\s*"
                     r"(?:\^\s*\{?-?\d\}?)?)", re.DOTALL)  # fmt: skip
+_BOUND = re.compile(r"\b(?:most|least|more|less|fewer|greater|above|below|over|under|not|than|or)\b", re.IGNORECASE)
 _REMARK = re.compile(r"(?P<value>.*[\d})!])\s+(?P<words>[A-Za-z][A-Za-z']{2,}(?:[\s,]+[A-Za-z']+)*)", re.DOTALL)
 
 
@@ -67,17 +69,34 @@ def without_words(text: str) -> str:
     "and", "or" and commas inside text separate the members of a list. Words that could change the meaning ("less
     than", or anything followed by another number) stay, and the answer then equals no number.
     """
+    text = _without_leading_words(text)
     text = _QUOTED.sub(lambda m: "," if "," in m.group(1) else m.group(0), text)
     text = _JOINING.sub(" , ", text).strip(" ,") if _JOINING.search(text) and re.search(r"[\d\\=]", text) else text
     text = re.sub(r",(?:\s*,)+", ",", text)
     text = text.removeprefix("\\approx").strip()
     if "\\approx" in text:
         left, _, right = text.partition("\\approx")
-        text = right.strip() if re.fullmatch(r"\s*[A-Za-z]\s*", left) else left.strip()
+        if re.fullmatch(r"\s*[A-Za-z]\s*", left):
+            text = right.strip()
+        elif _plausible(left, right):
+            text = left.strip()
+    return _without_leading_words(text)
+
+
+def _without_leading_words(text: str) -> str:
     leading = _LEADING_WORDS.match(text)
     if leading and leading.end() < len(text) and set(leading.group(2).lower().replace(",", " ").split()) <= _LEADING:
         text = text[leading.end() :].strip()
     return text
+
+
+def _plausible(value: str, rounded: str) -> bool:
+    """Not 42 \\approx 43: two numbers within a hundredth of each other, or no numbers at all."""
+    try:
+        exact, near = evaluate(value), evaluate(rounded)
+    except NotRationalError:
+        return True
+    return abs(exact - near) * 100 <= abs(exact)
 
 
 def without_remark(text: str) -> str:
@@ -85,7 +104,13 @@ def without_remark(text: str) -> str:
     text = re.sub(r'"\s*\^\s*(?:\{[^{}]*\}|\w)', '"', text)  # the power of a unit
     start = text.find('"')
     head, tail = text[:start].rstrip(" /"), text[start:]
-    if start <= 0 or any(c.isdigit() for c in tail) or not head or head.endswith(("=", "\\cdot")):
+    if (
+        start <= 0
+        or _BOUND.search(tail)
+        or any(c.isdigit() for c in tail)
+        or not head
+        or head.endswith(("=", "\\cdot"))
+    ):
         return text.removeprefix('"').removesuffix('"') if key(text).count('"') == 2 and " " not in text else text
     return head
 
@@ -93,4 +118,4 @@ def without_remark(text: str) -> str:
 def without_units(text: str, words_only: bool = False) -> str:
     """A number without the bare units or words that follow it: `3 m/s`, `12 ways`; `words_only`: not without the m."""
     match = (None if words_only else _UNITS.fullmatch(text)) or _REMARK.fullmatch(text)
-    return match.group("value").strip() if match else text
+    return match.group("value").strip() if match and not _BOUND.search(text) else text

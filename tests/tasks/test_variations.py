@@ -1,4 +1,4 @@
-"""Four hundred spellings of right and wrong answers (`variations.txt`), and answers without a box, through workers."""
+"""Six hundred spellings of right and wrong answers (`variations.txt`), and answers without a box, through workers."""
 
 import re
 from collections.abc import Iterator
