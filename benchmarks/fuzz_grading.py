@@ -2,8 +2,8 @@
 
 `python benchmarks/fuzz_grading.py --answers 100000 --data ../shared/data/bench`
 
-Answers are references of the benchmarks that have been cut, joined, repeated and filled with LaTeX at random; a third are
-nothing but random pieces. Every answer is graded; a batch of 5,000 at a time, after which memory is read.
+Answers are references of the benchmarks that have been cut, joined, repeated and filled with LaTeX at random; a third
+are nothing but random pieces. Every answer is graded; a batch of 5,000 at a time, after which memory is read.
 """
 
 # ruff: noqa: RUF001, SIM905 - look-alike characters are among the pieces; a line of pieces reads better than a list
@@ -20,9 +20,9 @@ from pathlib import Path
 from dynamo_jax.tasks import Verifier
 
 PIECES = [
-    *r"\frac \dfrac{ \sqrt \sqrt[3] \pi \infty \sin \ln \log_ \binom \cdot \times \pm \mp \cup \in \le \{ \} \\".split(),
-    *r"\text{ \left \right \begin{pmatrix} \end{pmatrix} \sum_{k=1}^{n} \int_0^1 \lim \setminus \mathbb{R}".split(),
-    *r"\circ ^\circ \overline{3} \boxed{ \lfloor \rfloor \max \gcd \bmod \pmod \ne \prod_{k=1}^{9} \exp".split(),
+    *r"\frac \dfrac{ \sqrt \sqrt[3] \pi \infty \sin \ln \log_ \binom \cdot \times \pm \mp \cup \in".split(),
+    *r"\le \{ \} \\ \text{ \left \right \begin{pmatrix} \end{pmatrix} \sum_{k=1}^{n} \int_0^1 \lim \setminus".split(),
+    *r"\mathbb{R} \circ ^\circ \overline{3} \boxed{ \lfloor \rfloor \max \gcd \bmod \pmod \ne \exp".split(),
     *r"< > = != { } ( ) [ ] | , ; : . ! ^ _ + - * / % $ & 0 1 2 3 10 99 1000000 0.5 1e5 x y n k i e a b f(x)".split(),
     *"and or ½ ² π √ ° × − ∞ ≤ __import__('os') lambda".split(),
     *("\u202e", "\x00", "\ud800"),

@@ -12,7 +12,7 @@ import numpy as np
 from dynamo_jax.batch import Rollouts
 from dynamo_jax.rollout.sampler import Sampler
 from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
-from dynamo_jax.tasks.task import Grader
+from dynamo_jax.tasks.rewards import Grader
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
 RESAMPLES = 1000

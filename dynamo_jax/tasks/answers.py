@@ -48,6 +48,8 @@ class Algebra(Protocol):
 
     def same_equation(self, gold: tuple[str, str], answer: tuple[str, str]) -> bool: ...
 
+    def has_value(self, text: str) -> bool: ...
+
 
 def judge(output: str, gold: str) -> bool | None:
     """Is the response `output` right? None where only algebra can tell (see `compare`)."""
@@ -68,6 +70,47 @@ def check_gold(gold: str) -> str | None:
         if depth < 0:
             break
     return f"the braces of the reference answer {gold[:80]!r} do not match" if depth else None
+
+
+def readable(gold: str, algebra: Algebra | None = None) -> bool:
+    """Can an answer in another spelling equal `gold`? Without `algebra`, False also where only a parser can tell.
+
+    Words, choices and the values that the exact path reads can; everything else the algebra must be able to read.
+    """
+    text = _gold_text(gold)
+    if as_words(text) is not None or choice(text) is not None or text in _EMPTY:
+        return True
+    try:
+        parts = members(without_words(text), thousands=True)
+        return len(parts) <= MAX_MEMBERS and all(_readable(part, algebra, 0) for part in parts)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _readable(text: str, algebra: Algebra | None, depth: int) -> bool:
+    if depth > 8:
+        return False
+    for read in (matrix, bracketed):
+        inner = read(text)
+        if inner is not None:
+            return all(_readable(item, algebra, depth + 1) for item in inner.items)
+    sides = split(text, "=")
+    if len(sides) > 1:
+        return all(is_name(side) or _readable(side, algebra, depth + 1) for side in sides if side)
+    terms = ratio(text)
+    if terms is not None:
+        return all(is_name(term) or _readable(term, algebra, depth + 1) for term in terms)
+    text = text.rstrip("% ")
+    if _Comparison.number(text) is not None or _Comparison.number(without_units(text)) is not None:
+        return True
+    if text.lstrip("+- ") == "\\infty" or as_words(text) is not None:
+        return True
+    if algebra is None:
+        return False
+    try:
+        return algebra.has_value(text)
+    except Exception:  # whatever the parser raises
+        return False
 
 
 def compare(gold: str, answer: str, algebra: Algebra | None = None) -> bool | None:

@@ -76,6 +76,17 @@ class Symbolic:
             agreed += 1
         return agreed >= 2
 
+    def has_value(self, text: str) -> bool:
+        """Can the formula be read, and has it a value at some point?"""
+        formula = _parse(text)
+        for point in _points(formula):
+            try:
+                point.value(formula)
+            except NoValueError:
+                continue
+            return True
+        return False
+
     def same_equation(self, gold: tuple[str, str], answer: tuple[str, str]) -> bool:
         """Are the differences of their two sides proportional?"""
         left, right = (sympy.Add(_parse(a), -_parse(b), evaluate=False) for a, b in (gold, answer))

@@ -133,5 +133,5 @@ def test_the_verifier_gets_its_limits_from_the_config(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr("dynamo_jax.tasks.task.Verifier", lambda **limits: seen.update(limits))
     build_verifier(load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder"))
-    assert seen == {"workers": 1, "timeout": 7.0, "memory_mb": 256}
+    assert seen == {"workers": 1, "timeout": 7.0, "memory_mb": 256, "kind": "math", "killed_file": None}
     Verifier(**seen).close()  # these are its names
