@@ -33,6 +33,10 @@ _UNIT = (
 _UNITS = re.compile(rf"(?P<value>.*[\d}})!])\s*(?P<units>{_UNIT}(?:[\s/\\cdot]*(?:\^\s*\{{?-?\d\}}?)?\s*{_UNIT})*\s*"
                     r"(?:\^\s*\{?-?\d\}?)?)", re.DOTALL)  # fmt: skip
 _BOUND = re.compile(r"\b(?:most|least|more|less|fewer|greater|above|below|over|under|not|than|or)\b", re.IGNORECASE)
+# "..., k \\in \\mathbb{Z}" after a value that has the letter says what it stands for, and is no second value.
+_DOMAIN = re.compile(
+    r"(?<=.)(?:,|;)\s*\"?(?:where|for|with)?\"?\s*([a-zA-Z])\s*\\in\s*\\mathbb\s*\{?[ZNQRC]\}?(?:\^[*+])?\s*$"
+)
 _REMARK = re.compile(r"(?P<value>.*[\d})!])\s+(?P<words>[A-Za-z][A-Za-z']{2,}(?:[\s,]+[A-Za-z']+)*)", re.DOTALL)
 
 
@@ -70,6 +74,8 @@ def without_words(text: str) -> str:
     than", or anything followed by another number) stay, and the answer then equals no number.
     """
     text = _without_leading_words(text)
+    domain = _DOMAIN.search(text)
+    text = text[: domain.start()].strip() if domain and domain.group(1) in text[: domain.start()] else text
     text = _QUOTED.sub(lambda m: "," if "," in m.group(1) else m.group(0), text)
     text = _JOINING.sub(" , ", text).strip(" ,") if _JOINING.search(text) and re.search(r"[\d\\=]", text) else text
     text = re.sub(r",(?:\s*,)+", ",", text)
