@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 
 from dynamo_jax.checkpoint import Checkpointer, resolve_checkpoint
 from dynamo_jax.config import Config
@@ -20,7 +23,7 @@ from dynamo_jax.evaluate import Evaluation, decode_rollouts, right, table, wide_
 from dynamo_jax.metrics import setup_logging
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf, save_hf
-from dynamo_jax.policy.model import DecoderConfig, abstract_policy
+from dynamo_jax.policy.model import Decoder, DecoderConfig, abstract_policy
 from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import Sampler
 from dynamo_jax.run_folder import write_atomic
@@ -160,7 +163,7 @@ def _sample(
     decoder = decoder_config(config, tokenizer.size, mesh)
     graph, _ = abstract_policy(decoder)
     params = load_policy(checkpoint, decoder)
-    _, sampler = make_samplers(graph, config, tokenizer, mesh)
+    sampler = _eval_sampler(config, graph, mesh, tokenizer, files[0].samples)
     grading = Grading(verifier.base if isinstance(verifier, Shaped) else verifier)
     evaluations = []
     try:
@@ -187,6 +190,16 @@ def _sample(
     finally:
         grading.close()
     return evaluations
+
+
+def _eval_sampler(
+    config: Config, graph: nnx.GraphDef[Decoder], mesh: Mesh, tokenizer: Tokenizer, samples: int
+) -> Sampler:
+    """The evaluation's sampler, with room for the prompts whose `samples` fill its batch: no prefill is wasted."""
+    _, sampler = make_samplers(graph, config, tokenizer, mesh)
+    shards = config.mesh.batch_shards
+    window = -(-max(1, sampler.config.batch // samples) // shards) * shards
+    return Sampler(graph, dataclasses.replace(sampler.config, window=window), mesh)
 
 
 def _draw(

@@ -53,7 +53,7 @@ _COMMANDS = {
 }  # fmt: skip
 _SIZES = re.compile(r"\\(?:(?:left|right)(?![a-zA-Z])\s*\.?|(?:[bB]igg?[lrm]?)(?![a-zA-Z]))")
 _COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:label|tag|hspace|vspace)\s*\{[^{}]*\}")
-_THIN = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\[,;: !]|~)\s*(?=\d{3}(?!\d))")
+_THIN = re.compile(r"(?<=\d) ?(?:\{ ?, ?\}|,\\!|\\[,;: !]|~)\s*(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"\\[,;:!> ]|~")
 _UNIT_FRACTION = re.compile(r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}")
 _MICRO = re.compile(r"\\mu\s*\\text\s*\{\s*([a-zA-Z])")
