@@ -32,12 +32,14 @@ setup(
     extras_require={
         "test": [
             "hypothesis>=6.100",
+            "math-verify>=0.8",
             "mypy>=1.15",
             "pytest>=8.3",
             "ruff>=0.9",
             "torch==2.13.0",  # parity with transformers' models; one release, so that the reference does not move
             "types-PyYAML>=6.0",
         ],
+        "math_verify": ["math-verify>=0.8"],  # only for task.reward.kind = math_verify_compat
         "tpu": ["jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
         "wandb": ["wandb>=0.19"],

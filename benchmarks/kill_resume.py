@@ -100,7 +100,7 @@ def draw_moments(seed: int, arguments: argparse.Namespace, startup: float, step_
 
     Of these, every other one waits for the line before a checkpoint, and then for less than the writing takes.
     """
-    rng = random.Random(seed)  # noqa: S311 - moments, not secrets
+    rng = random.Random(seed)
     at_start = max(arguments.kills // 3, 1)
     last = max(arguments.steps - 2, 1)
     steps = sorted(rng.sample(range(last), min(arguments.kills - at_start, last)))

@@ -56,7 +56,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     from dynamo_jax.commands import eval_command
 
     ks = arguments.k or [k for k in DEFAULT_K if k <= arguments.samples]
-    eval_command(config, arguments.checkpoint, arguments.benchmark, arguments.samples, ks, arguments.json)
+    a = arguments
+    eval_command(config, a.checkpoint, a.benchmark, a.samples, ks, a.json, a.out, a.regrade)
     return 0
 
 
@@ -121,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--samples", type=_positive, default=32, help="samples of each problem (default 32)")
     command.add_argument("--k", type=_positive, nargs="+", help="Pass@k to report (default 1 8 32, up to --samples)")
     command.add_argument("--json", type=Path, help="write the results to this file, too")
+    text = "folder of the saved samples (default: eval/CHECKPOINT in the run's folder); a second run goes on there"
+    command.add_argument("--out", type=Path, help=text)
+    command.add_argument("--regrade", action="store_true", help="judge the saved samples again, sample nothing")
 
     command = with_config("export", _export, "Write a folder that transformers and vLLM load.")
     command.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoints")

@@ -11,8 +11,9 @@ import numpy as np
 
 from dynamo_jax.batch import Rollouts
 from dynamo_jax.rollout.sampler import Sampler
+from dynamo_jax.tasks.extract import extract
 from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
-from dynamo_jax.tasks.task import Grader
+from dynamo_jax.tasks.rewards import Grader, Shaped
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
 RESAMPLES = 1000
@@ -41,6 +42,7 @@ class Evaluation:
     correct: np.ndarray  # bool [problems, samples]
     length: np.ndarray  # int32 [problems, samples], tokens
     truncated: np.ndarray  # bool [problems, samples]
+    no_answer: np.ndarray | None = None  # bool [problems, samples]: nothing could be extracted; None: not looked at
 
     def pass_at(self, k: int) -> tuple[float, float, float]:
         """Pass@k and its 95% interval: the mean over problems, resampled 1000 times with a fixed seed (bootstrap)."""
@@ -50,12 +52,14 @@ class Evaluation:
         return float(scores.mean()), float(low), float(high)
 
     def metrics(self, ks: Sequence[int]) -> dict[str, float]:
-        """`eval/<name>/pass@k` with `_low` and `_high`, mean length in tokens, truncated fraction."""
+        """`eval/<name>/pass@k` with `_low` and `_high`, mean length in tokens, fractions truncated, without answer."""
         out: dict[str, float] = {}
         for k in ks:
             value, low, high = self.pass_at(k)
             out |= {f"pass@{k}": value, f"pass@{k}_low": low, f"pass@{k}_high": high}
         out |= {"length_mean": float(self.length.mean()), "truncated_fraction": float(self.truncated.mean())}
+        if self.no_answer is not None:
+            out["no_answer_fraction"] = float(self.no_answer.mean())
         return {f"eval/{self.name}/{key}": value for key, value in out.items()}
 
 
@@ -73,16 +77,24 @@ def evaluate(
     batch = pad_prompts(prompts.prompts, max_prompt_tokens, tokenizer.pad_id)
     prompt_of_B = np.repeat(np.arange(len(prompts)), samples)
     rollouts = sampler.sample(params, batch, prompt_of_B, key)
-    pairs = list(zip(decode_rollouts(rollouts, tokenizer), (batch.answers[p] for p in prompt_of_B), strict=True))
+    texts = decode_rollouts(rollouts, tokenizer)
+    pairs = list(zip(texts, (batch.answers[p] for p in prompt_of_B), strict=True))
     shape = (len(prompts), samples)
     return Evaluation(
         name=prompts.name,
         ids=batch.ids,
         samples=samples,
-        correct=np.array(verifier.grade_batch(pairs), bool).reshape(shape),
+        correct=right(verifier, pairs).reshape(shape),
         length=np.asarray(rollouts.length_B).reshape(shape),
         truncated=~np.asarray(rollouts.ended_B).reshape(shape),
+        no_answer=np.array([extract(text) is None for text in texts]).reshape(shape),
     )
+
+
+def right(verifier: Grader, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """bool [len(pairs)]: which are right, whatever is added to the reward for form and length."""
+    grader = verifier.base if isinstance(verifier, Shaped) else verifier
+    return np.array(grader.grade_batch(pairs), np.float64) > 0.5
 
 
 def decode_rollouts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
@@ -97,15 +109,31 @@ def decode_rollouts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
 
 def table(evaluations: Sequence[Evaluation], ks: Sequence[int]) -> str:
     """A Markdown table, in percent: a row for each benchmark and their mean last."""
-    head = ["benchmark", "problems", "samples", *(f"Pass@{k}" for k in ks), "mean tokens", "truncated"]
+    head = ["benchmark", "problems", "samples", *(f"Pass@{k}" for k in ks), "mean tokens", "truncated", "no answer"]
     rows = []
     for e in evaluations:
         scores = ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in e.pass_at(k))) for k in ks]
         sizes = [str(len(e.ids)), str(e.samples)]
         rows.append([e.name, *sizes, *scores, f"{e.length.mean():.0f}", f"{100 * e.truncated.mean():.1f}%"])
+        rows[-1].append("" if e.no_answer is None else f"{100 * e.no_answer.mean():.1f}%")
     if len(evaluations) > 1:
         means = [f"{100 * np.mean([e.pass_at(k)[0] for e in evaluations]):.1f}" for k in ks]
-        rows.append(["mean", "", "", *means, "", ""])
+        rows.append(["mean", "", "", *means, "", "", ""])
+    return _markdown(head, rows)
+
+
+def wide_table(evaluations: Sequence[Evaluation], ks: Sequence[int]) -> str:
+    """The paper's layout, in percent: a column for each benchmark and their mean last, a row for each k."""
+    head = ["", *(e.name for e in evaluations), "mean"]
+    rows = []
+    for k in ks:
+        scores = [100 * e.pass_at(k)[0] for e in evaluations]
+        name = f"Avg@{evaluations[0].samples}" if k == 1 else f"Pass@{k}"
+        rows.append([name, *(f"{score:.1f}" for score in [*scores, float(np.mean(scores))])])
+    return _markdown(head, rows)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     return "\n".join(f"| {line} |" for line in [lines[0], " | ".join("-" * width for width in widths), *lines[1:]])

@@ -95,7 +95,7 @@ def test_overrides_may_stand_anywhere(monkeypatch, words):
     monkeypatch.setattr("dynamo_jax.commands.eval_command", lambda *arguments: seen.append(arguments))
     assert cli.main(["eval", *words.split()]) == 0
     assert seen[0] == (Path("c.yaml"), ["seed=1", "eval.k=[1,2]"])
-    assert seen[1] == (None, Path("a=b"), ["x/a=b.jsonl", "y"], 32, [1, 2], None)
+    assert seen[1] == (None, Path("a=b"), ["x/a=b.jsonl", "y"], 32, [1, 2], None, None, False)
 
 
 def test_a_report_takes_runs_with_any_name(capsys, tmp_path):

@@ -74,7 +74,7 @@ def test_eval_prints_its_table_and_writes_the_numbers(capsys, tmp_path, trained)
     assert cli.main([*map(str, words), "--json", str(tmp_path / "scores.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
-        "benchmark", "problems", "samples", "Pass@1", "Pass@4", "mean tokens", "truncated"
+        "benchmark", "problems", "samples", "Pass@1", "Pass@4", "mean tokens", "truncated", "no answer"
     ]  # fmt: skip
     assert [cell.strip() for cell in lines[2].split("|")[1:4]] == ["heldout", "8", "4"]
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -96,6 +96,43 @@ def test_every_name_of_a_checkpoint_and_its_export_give_the_same_scores(capsys, 
         tables.append(capsys.readouterr().out)
     assert len(set(tables)) == 1
     assert "Pass@8" in tables[0]
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(capsys, tmp_path, trained, monkeypatch):
+    words = ["eval", str(trained / "config.yaml"), "--checkpoint", str(trained), "--samples", "4", "--k", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    whole = (tmp_path / "whole" / "heldout_n4.jsonl").read_bytes()
+    expected = capsys.readouterr().out
+    # Stopped in the middle of a line, after two of eight problems and a part of the third.
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "heldout_n4.jsonl").write_bytes(b"".join(lines[:11]) + lines[11][:20])
+    assert cli.main([*words, "--out", str(tmp_path / "torn")]) == 0
+    assert (tmp_path / "torn" / "heldout_n4.jsonl").read_bytes() == whole
+    assert capsys.readouterr().out == expected
+    row = json.loads(lines[1])
+    assert set(row) == {"id", "sample", "gold", "text", "tokens", "truncated", "answered", "correct"}
+    message = refused(capsys, *words, "--out", tmp_path / "torn", "eval.temperature=0.5")
+    assert "was drawn with temperature = 1.0" in message
+    assert "--regrade" in message
+
+
+def test_regrading_samples_nothing_and_uses_the_saved_texts(capsys, tmp_path, trained, monkeypatch):
+    words = ["eval", str(trained / "config.yaml"), "--checkpoint", str(trained), "--samples", "4", "--k", "1"]
+    words += ["--out", str(tmp_path)]
+    assert "Finish the evaluation without --regrade" in refused(capsys, *words, "--regrade")
+    assert cli.main(words) == 0
+    before = capsys.readouterr().out
+    file = tmp_path / "heldout_n4.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[1:]:
+        row["text"], row["correct"] = row["gold"], False
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("dynamo_jax.commands.make_samplers", lambda *_: pytest.fail("it sampled"))
+    assert cli.main([*words, "--regrade"]) == 0
+    assert "| 100.0 (100.0 to 100.0)" in (after := capsys.readouterr().out)
+    assert before != after
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"]["eval/heldout/pass@1"] == 1.0
 
 
 def test_export_keeps_what_is_there(capsys, tmp_path, trained):
@@ -120,7 +157,7 @@ def test_export_keeps_what_is_there(capsys, tmp_path, trained):
 )
 def test_what_stops_an_evaluation_before_it_samples(capsys, monkeypatch, tmp_path, trained, words, expected):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dynamo_jax.commands.evaluate", lambda *_: pytest.fail("it sampled"))
+    monkeypatch.setattr("dynamo_jax.commands.make_samplers", lambda *_: pytest.fail("it sampled"))
     message = refused(capsys, "eval", trained / "config.yaml", "--checkpoint", trained, *words)
     for part in expected:
         assert part in message

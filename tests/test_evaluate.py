@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dynamo_jax.batch import Rollouts
-from dynamo_jax.evaluate import Evaluation, decode_rollouts, pass_at_k, table
+from dynamo_jax.evaluate import Evaluation, decode_rollouts, pass_at_k, table, wide_table
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer
 
 # --- pass_at_k
@@ -125,9 +125,9 @@ def test_table_of_one_benchmark():
     lines = table([evaluation([[1, 0], [1, 1]])], [1, 2]).splitlines()
     assert len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    assert cells[0] == ["benchmark", "problems", "samples", "Pass@1", "Pass@2", "mean tokens", "truncated"]
+    assert cells[0] == ["benchmark", "problems", "samples", "Pass@1", "Pass@2", "mean tokens", "truncated", "no answer"]
     assert set("".join(cells[1])) == {"-"}
-    assert cells[2] == ["bench", "2", "2", "75.0 (50.0 to 100.0)", "100.0 (100.0 to 100.0)", "2", "25.0%"]
+    assert cells[2] == ["bench", "2", "2", "75.0 (50.0 to 100.0)", "100.0 (100.0 to 100.0)", "2", "25.0%", ""]
     assert len(cells) == 3
 
 
@@ -135,7 +135,17 @@ def test_table_ends_with_the_mean_of_the_benchmarks():
     # Each benchmark counts the same, however many problems it has.
     one, other = evaluation([[1, 1]], "one"), evaluation([[0, 0], [0, 0], [0, 1]], "other")
     last = [cell.strip() for cell in table([one, other], [1]).splitlines()[-1].strip("|").split(" | ")]
-    assert last == ["mean", "", "", f"{100 * (1 + 1 / 6) / 2:.1f}", "", ""]
+    assert last == ["mean", "", "", f"{100 * (1 + 1 / 6) / 2:.1f}", "", "", ""]
+
+
+def test_the_papers_layout_has_a_column_for_each_benchmark():
+    one, other = evaluation([[1, 1]], "one"), evaluation([[0, 0], [0, 0], [0, 1]], "other")
+    cells = [
+        [c.strip() for c in line.strip("|").split(" | ")] for line in wide_table([one, other], [1, 2]).splitlines()
+    ]
+    assert cells[0] == ["", "one", "other", "mean"]
+    assert cells[2] == ["Avg@2", "100.0", "16.7", "58.3"]
+    assert cells[3] == ["Pass@2", "100.0", "33.3", "66.7"]
 
 
 # --- decode_rollouts

@@ -24,6 +24,19 @@ class ArithmeticConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class RewardConfig:
+    """Who judges a response to a `math` task, and what is added to the verdict. See `tasks/rewards.py`."""
+
+    kind: Annotated[str, Field(pattern=r"^(math|math_verify_compat|exact|arithmetic|countdown|gsm8k|[\w.]+:\w+)$")] = (
+        "math"  # or module:function of your own, called with (output, gold)
+    )
+    format_bonus: NonNegativeFloat = 0.0  # for one filled box after at most one closed <think>
+    length_penalty: NonNegativeFloat = 0.0  # at length_limit characters and beyond
+    length_free: NonNegativeInt = 8000  # characters that cost nothing
+    length_limit: PositiveInt = 16000
+
+
+@dataclass(frozen=True, config=_strict)
 class TaskConfig:
     """What is learned. `math` reads `train` and `eval` files (JSONL or Parquet) and needs a `tokenizer` folder."""
 
@@ -35,6 +48,7 @@ class TaskConfig:
     system_prompt: str | None = None  # null: whatever the tokenizer's template says by itself
     instruction: str = ""  # appended to the user's message
     max_prompt_tokens: PositiveInt = 16
+    reward: RewardConfig = RewardConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()
 
 

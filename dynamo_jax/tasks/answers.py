@@ -15,8 +15,18 @@ from typing import Protocol
 
 from dynamo_jax.tasks.exact import NotRationalError, TooLargeError, evaluate
 from dynamo_jax.tasks.extract import extract
-from dynamo_jax.tasks.latex import GREEK, closing_brace, key, normalise
-from dynamo_jax.tasks.structure import Bracketed, bracketed, is_name, matrix, members, same_argument, split
+from dynamo_jax.tasks.latex import GREEK, in_radians, key, normalise
+from dynamo_jax.tasks.structure import (
+    Bracketed,
+    bracketed,
+    is_name,
+    labelled_tuple,
+    matrix,
+    members,
+    ratio,
+    same_argument,
+    split,
+)
 from dynamo_jax.tasks.words import as_words, choice, without_label, without_units, without_words
 
 MAX_CHARS = 4000  # of a normalised answer, beyond twice the gold's
@@ -26,6 +36,7 @@ _OPEN_ENDED = re.compile(r"\\ldots|\\begin\{(?:cases|aligned?|gathered)|\?|\.\.\
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|approx|equiv|cong|sim|in|to|Rightarrow|Leftrightarrow)(?![a-zA-Z])")
 _BEYOND_RATIONAL = re.compile(r"\\[a-zA-Z]|[a-zA-Z|]")
 _VARIABLE = re.compile(r"\\([a-zA-Z]+)|[a-zA-Z]")
+_EMPTY = {"\\emptyset", "\\{\\}", "\\{ \\}"}
 _CONSTANTS = {"i", "e", "\\pi", "\\infty"}
 _LETTERS = {*GREEK, *(name.capitalize() for name in GREEK), "ell", "hbar"} - {"pi"}
 
@@ -36,6 +47,8 @@ class Algebra(Protocol):
     def equal(self, gold: str, answer: str) -> bool: ...
 
     def same_equation(self, gold: tuple[str, str], answer: tuple[str, str]) -> bool: ...
+
+    def has_value(self, text: str) -> bool: ...
 
 
 def judge(output: str, gold: str) -> bool | None:
@@ -59,10 +72,51 @@ def check_gold(gold: str) -> str | None:
     return f"the braces of the reference answer {gold[:80]!r} do not match" if depth else None
 
 
+def readable(gold: str, algebra: Algebra | None = None) -> bool:
+    """Can an answer in another spelling equal `gold`? Without `algebra`, False also where only a parser can tell.
+
+    Words, choices and the values that the exact path reads can; everything else the algebra must be able to read.
+    """
+    text = _gold_text(gold)
+    if as_words(text) is not None or choice(text) is not None or text in _EMPTY:
+        return True
+    try:
+        parts = members(without_words(text), thousands=True)
+        return len(parts) <= MAX_MEMBERS and all(_readable(part, algebra, 0) for part in parts)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _readable(text: str, algebra: Algebra | None, depth: int) -> bool:
+    if depth > 8:
+        return False
+    for read in (matrix, bracketed):
+        inner = read(text)
+        if inner is not None:
+            return all(_readable(item, algebra, depth + 1) for item in inner.items)
+    sides = split(text, "=")
+    if len(sides) > 1:
+        return all(is_name(side) or _readable(side, algebra, depth + 1) for side in sides if side)
+    terms = ratio(text)
+    if terms is not None:
+        return all(is_name(term) or _readable(term, algebra, depth + 1) for term in terms)
+    text = text.rstrip("% ")
+    if _Comparison.number(text) is not None or _Comparison.number(without_units(text)) is not None:
+        return True
+    if text.lstrip("+- ") == "\\infty" or as_words(text) is not None:
+        return True
+    if algebra is None:
+        return False
+    try:
+        return algebra.has_value(text)
+    except Exception:  # whatever the parser raises
+        return False
+
+
 def compare(gold: str, answer: str, algebra: Algebra | None = None) -> bool | None:
     """Is `answer` (already extracted) the same as `gold`? None: undecided, and then only without `algebra`."""
+    gold, answer = in_one_unit(gold, " ".join(answer.split()))
     gold_text = _gold_text(gold)
-    answer = " ".join(answer.split())
     if len(answer) > 4 * MAX_CHARS + 4 * len(gold_text):
         return False
     text = normalise(answer)
@@ -79,10 +133,21 @@ def compare(gold: str, answer: str, algebra: Algebra | None = None) -> bool | No
     return _Comparison(algebra).whole(gold_text, text)
 
 
+def in_one_unit(gold: str, answer: str) -> tuple[str, str]:
+    """Both texts; an angle in degrees is turned into radians if the other one is a multiple of pi."""
+    with_pi = ["\\pi" in text or "π" in text for text in (gold, answer)]
+    if not any(with_pi) or len(answer) > MAX_CHARS:
+        return gold, answer
+    return in_radians(gold, always=with_pi[1]), in_radians(answer, always=with_pi[0])
+
+
+def cache_key(gold: str, answer: str) -> tuple[str, str]:
+    """Equal for two answers only if they get the same verdict."""
+    return gold, normalise(in_one_unit(gold, answer)[1])
+
+
 def _gold_text(gold: str) -> str:
-    box = gold.find("\\boxed{")
-    end = closing_brace(gold, box + 6) if box >= 0 else -1
-    return normalise(gold[box + 7 : end] if end >= 0 else gold)
+    return normalise((extract(gold) if "\\boxed" in gold else None) or gold)
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
@@ -101,6 +166,8 @@ class _Comparison:
 
     def whole(self, gold: str, answer: str) -> bool | None:
         words = as_words(gold)
+        if {gold, answer} & _EMPTY and "no solution" in (words, as_words(answer)):
+            return True
         if words is not None:
             return self.words(gold, words, answer)
         letter = choice(gold)
@@ -110,12 +177,18 @@ class _Comparison:
         gold = without_words(gold)
         if not answer:
             return False
-        # 1,625 is one number or a list of two; both sides must be read the same way.
-        as_list = self.unordered(members(gold, thousands=False), members(answer, thousands=False))
-        if as_list is True or "," not in answer + gold:
-            return as_list
-        as_number = self.unordered(members(gold, thousands=True), members(answer, thousands=True))
-        return True if as_number else None if None in (as_list, as_number) else False
+        # 1,625 is one number or a list of two; several plus-minus signs go together or not. Both sides must be read
+        # the same way in the first, and may be in the second.
+        verdicts = []
+        for thousands in (False, True) if "," in answer + gold else (False,):
+            readings = [
+                [members(text, thousands)] + ([members(text, thousands, True)] if text.count("\\pm") > 1 else [])
+                for text in (gold, answer)
+            ]
+            verdicts += [self.unordered(g, a) for g in readings[0] for a in readings[1]]
+            if True in verdicts:
+                return True
+        return None if None in verdicts else False
 
     def words(self, gold: str, words: str, answer: str) -> bool | None:
         found = as_words(answer)
@@ -129,8 +202,15 @@ class _Comparison:
 
     def unordered(self, gold: list[str], answer: list[str]) -> bool | None:
         """Multisets: every member of one is matched with exactly one of the other."""
-        if len(gold) != len(answer) or len(gold) > MAX_MEMBERS:
+        if len(gold) > MAX_MEMBERS or len(answer) > MAX_MEMBERS:
             return False
+        if len(gold) != len(answer):
+            # x = 1, y = 2 for the tuple (1, 2), and the other way round
+            one, several = (gold, answer) if len(gold) == 1 else (answer, gold)
+            tuple_of_labels = labelled_tuple(several) if len(one) == 1 else None
+            if tuple_of_labels is None:
+                return False
+            return self.member(*((one[0], tuple_of_labels) if one is gold else (tuple_of_labels, one[0])))
         left = list(answer)
         undecided = False
         for expected in gold:
@@ -172,6 +252,9 @@ class _Comparison:
             return True
         if is_name(gold[0]) and is_name(answer[0]):
             same_name = key(gold[0]) == key(answer[0])
+            # y = x + 1 and f(x) = x + 1 name the same function
+            function = [n == "y" or re.fullmatch(r"[a-zA-Z]\([a-zA-Z]\)", n) for n in (key(gold[0]), key(answer[0]))]
+            same_name = same_name or (all(function) and "y" in (key(gold[0]), key(answer[0])))
             coordinates = {gold[0].strip(), answer[0].strip()} <= {"x", "y", "z"}
             constant = self.number(gold[1]) is not None
             if same_name or (constant and not coordinates):
@@ -189,7 +272,17 @@ class _Comparison:
                 return self.ordered(expected, found)
             if expected is not None or found is not None:
                 return False
+        terms, found_terms = ratio(gold), ratio(answer)
+        if terms is not None or found_terms is not None:
+            return self.proportional(terms or [gold, "1"], found_terms or [answer, "1"])
         return self.leaf(gold, answer)
+
+    def proportional(self, gold: list[str], answer: list[str]) -> bool | None:
+        """3:5, 6:10 and 3/5."""
+        if len(gold) != len(answer):
+            return False
+        products = [(f"({g})({answer[0]})", f"({a})({gold[0]})") for g, a in zip(gold, answer, strict=True)]
+        return _all(self.leaf(*product) for product in products[1:])
 
     def ordered(self, gold: Bracketed, answer: Bracketed) -> bool | None:
         if gold.brackets != answer.brackets or len(gold.items) != len(answer.items):
@@ -200,7 +293,11 @@ class _Comparison:
         """Two single expressions."""
         gold_percent, answer_percent = gold.endswith("%"), answer.endswith("%")
         gold, answer = gold.rstrip("% "), answer.rstrip("% ")
+        if _different_base(gold, answer):
+            return False
         expected = self.number(gold)
+        if expected is None:
+            expected = self.number(without_units(gold, words_only=True))
         if expected is not None:
             try:
                 found = self.number(answer, strict=True)
@@ -249,6 +346,12 @@ def _equal_numbers(gold: Fraction, gold_percent: bool, answer: Fraction, answer_
     return gold_percent != answer_percent and (gold / 100 if gold_percent else gold) == (
         answer / 100 if answer_percent else answer
     )
+
+
+def _different_base(gold: str, answer: str) -> bool:
+    bases = [re.fullmatch(r"-?[0-9A-F]+\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))", text) for text in (gold, answer)]
+    values = {match.group(1) or match.group(2) for match in bases if match}
+    return len(values) > 1
 
 
 def _variables(text: str) -> set[str]:

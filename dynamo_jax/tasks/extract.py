@@ -16,12 +16,19 @@ from dynamo_jax.tasks.latex import closing_brace
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^\[\]{}]{0,20}\]\s*)?")
 _GAP = r"(?:\\[()\[\]]|[\s$*]|\\[,;: !]|\\q?quad)*+"
-_JOIN = re.compile(rf"{_GAP}(?:,|(?:,\s*)?(?:\\text\s*\{{\s*)?\b(?:and|or)\b(?:\s*\}})?){_GAP}")
+_JOIN = re.compile(
+    rf"{_GAP}(?:,|(?:,\s*)?(?:\\text\s*\{{\s*)?\b(?:and|or)\b(?:\s*\}})?){_GAP}(?:[a-zA-Z](?:_\{{?\w\}}?)?\s*=\s*)?"
+)
 _CUE = re.compile(
     r"(?:answers?|choice|option)\s{0,4}\**\s{0,4}(?:is|are|:)(?![a-z])\s{0,4}:?|####", re.IGNORECASE
 )  # fmt: skip
 _FORMULA = re.compile(r"\$\$|(?<!\\)\$|\\\(|\\\)|\\\[|\\\]")
-_NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?")
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+\u2212]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d.])|\d*\.\d+|\d+)(?:\.\d+)?(?:/\d+)?%?"
+)
+# A line that is one formula without any marks: no words but those that LaTeX commands are made of.
+_BARE_LINE = re.compile(r"[-+]?(?:\\[a-zA-Z]+|[-+*/^_=<>(){}\[\],.!|:%\s\d]|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z]))*+")
+_IS = re.compile(r"\b(?:is|are|was|equals|be|to)\b|=", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 _CLOSERS = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 
@@ -60,6 +67,9 @@ def _in_prose(text: str) -> str | None:
     cue = next(reversed(list(_CUE.finditer(text))), None)
     if cue is not None and text[cue.end() :].strip(" \n*:.$"):
         return _after_cue(text[cue.end() :])
+    last = text.strip().rpartition("\n")[2].strip()
+    if len(last) <= 500 and "\\" in last and "$" not in last and _BARE_LINE.fullmatch(last):
+        return last
     marks = _formulas(text)
     numbers = list(_NUMBER.finditer(text))
     if marks and not (numbers and numbers[-1].start() > marks[-1][1]):
@@ -72,6 +82,18 @@ def _after_cue(text: str) -> str:
     text = text.lstrip(" \n*:")
     marks = _formulas(text)
     sentence = _SENTENCE_END.search(text)
+    end = sentence.start() if sentence else len(text)
+    inside = [mark for mark in marks if mark[0] < end + 4]
+    prose = text[:1].isalpha()
+    if prose and inside and (verb := _IS.search(text, inside[0][1], end)):
+        # "Answer: The largest $n$ is 34": the formula before the verb is what the answer is about.
+        marks = [mark for mark in inside if mark[0] > verb.end()]
+        if not marks and text[verb.end() : end].strip(" *$"):
+            return text[verb.end() : end].strip(" *`")
+        marks = marks or inside
+    numbers = list(_NUMBER.finditer(text, 0, end)) if prose and not inside else []
+    if len(numbers) == 1 and len(text[: numbers[0].start()].split()) > 1:
+        return text[numbers[0].start() : end].strip(" *`")
     if marks and (sentence is None or marks[0][0] < sentence.start() + 4):
         found = [text[slice(*marks[0])]]
         for (_, before), (start, end) in itertools.pairwise(marks):

@@ -18,6 +18,7 @@ _SYMBOLS = {
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "⌀": r"\emptyset ", "ℝ": r"\mathbb{R}",
     "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "°": "", "º": "", "…": r"\ldots ", "∑": r"\sum ", "∏": r"\prod ",
     "∫": r"\int ", "′": "'", "∠": r"\angle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "€": "", "¢": "", "£": "", "¥": "", "₹": "", "∖": r"\setminus ", "←": r"\leftarrow ", "→": r"\to ",
     "，": ",", "、": ",", "；": ";", "。": ".", "“": "", "”": "",
 }  # fmt: skip
 GREEK = (
@@ -40,18 +41,35 @@ _COMMANDS = {
     **dict.fromkeys("quad qquad enspace thinspace thickspace medspace space newline".split(), " "),
     "geq": r"\ge ", "geqslant": r"\ge ", "leq": r"\le ", "leqslant": r"\le ", "neq": r"\ne ", "lt": "<", "gt": ">",
     "div": "/", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "varnothing": r"\emptyset ",
-    "imath": "i", "lg": r"\log_{10}", "tg": r"\tan", "ctg": r"\cot", "arctg": r"\arctan", "colon": ":",
+    "imath": "i", "odot": "o", "oplus": "o",
+    "lg": r"\log_{10}", "tg": r"\tan", "ctg": r"\cot", "arctg": r"\arctan", "colon": ":",
     "varphi": r"\phi ", "varepsilon": r"\epsilon ", "varrho": r"\rho ", "vartheta": r"\theta ",
+    **dict.fromkeys("underline underbrace uline tiny small normalsize large Large LARGE huge Huge".split(), ""),
+    **dict.fromkeys("checkmark blacksquare square Box qed bbox cent textcent".split(), ""),
+    "backslash": r"\setminus ", "smallsetminus": r"\setminus ", "longrightarrow": r"\to ", "rightarrow": r"\to ",
+    "mapsto": r"\to ", "euro": "", "pounds": "", "approxeq": r"\approx ",
     "thickapprox": r"\approx ", "simeq": r"\approx ",
     "R": r"\mathbb{R}", "infin": r"\infty ", "mod": r"\bmod ", "iff": r"\Leftrightarrow ",
 }  # fmt: skip
 _SIZES = re.compile(r"\\(?:(?:left|right)(?![a-zA-Z])\s*\.?|(?:[bB]igg?[lrm]?)(?![a-zA-Z]))")
 _COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:label|tag|hspace|vspace)\s*\{[^{}]*\}")
-_THIN = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\[,;: !]|~)\s*(?=\d{3}(?!\d))")
+_THIN = re.compile(r"(?<=\d) ?(?:\{ ?, ?\}|,\\!|\\[,;: !]|~)\s*(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"\\[,;:!> ]|~")
+_UNIT_FRACTION = re.compile(r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}")
+_MICRO = re.compile(r"\\mu\s*\\text\s*\{\s*([a-zA-Z])")
+_CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}")
+_BOLD_TEXT = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathsf)(?=\s*\{[A-Za-z]{2})")
+_MODULUS = re.compile(r"\\pmod\s*(?:\{\s*([^{}]*)\}|(\w+))")
+_HAT = re.compile(r"\\(?:hat|widehat)\s*(?:\{\s*([ijk])\s*\}|([ijk])(?![a-zA-Z]))")
+_COMPARISON = re.compile(r"<=|>=|=<|(?<=\s)!=|(?<=[a-zA-Z])!=(?=\s)")
+_COMPARISONS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne "}
+_BASED = re.compile(r"\(\s*([0-9A-Fa-f]+)\s*\)\s*(?=_)")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _OPERATOR = re.compile(r"\\operatorname\*?\s*\{\s*([a-zA-Z]+)\s*\}")
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))")
+_DEGREE = r"(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|°|º|\\(?:text)?degree(?![a-zA-Z]))"
+_TRIGONOMETRY = re.compile(r"(?<!arc)(?<!a)(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_ANGLE = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*" + _DEGREE)
 _PRIME = re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![a-zA-Z]))")
 _FUNCTION = re.compile(
     r"(?<![\\a-zA-Z])(?:(?:np|numpy|math)\.)?"
@@ -65,13 +83,14 @@ _DIGITS = re.compile(r"\d+")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _WORD_NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
+    "eighteen nineteen"
 ).split()
+_WORD_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def normalise(text: str) -> str:
     """The answer in one spelling; see the module's docstring. Never raises."""
-    text = _unicode(" ".join(text.split()))
+    text = _unicode(in_radians(" ".join(text.split())))
     if "\\begin" not in text:  # a response that was escaped twice; in a matrix `\\` ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z%$])", r"\\", text)
     text = _COLOUR.sub("", text).replace("\\\\", "\\cr ")
@@ -79,23 +98,54 @@ def normalise(text: str) -> str:
     text = re.sub(r"\\[()\[\]]|\\?\$", " ", _SPACES.sub(" ", text))
     text = text.replace("\\%", "%").replace("\\_", "_").replace("\\&", "&").replace('"', "").replace("{,}", ",")
     text = _PRIME.sub("'", text)
+    text = _HAT.sub(r"\1\2", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
+    text = _COMPARISON.sub(lambda m: _COMPARISONS[m.group(0)], text)
     text = _DEGREES.sub("", _OPERATOR.sub(r"\\\1 ", text))
+    text = _BOLD_TEXT.sub(r"\\text", text)
+    text = _MODULUS.sub(r"\\pmod{\1\2}" if "\\equiv" in text else "", text)
     text = _COMMAND.sub(lambda m: _COMMANDS.get(m.group(1), m.group(0)), text)
+    text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", text)
+    text = _MICRO.sub(r"\\text{u\1", text)
     text = _quote_text(text)
     text = _PERCENT.sub("%", text)
     text = _FUNCTION.sub(lambda m: f"\\{'infty' if m.group(1) == 'infinity' else m.group(1)} ", text)
     text = text.strip(" *`").replace("**", "^").replace("*", "\\cdot ")
-    text = _braced_arguments(text)
+    text = _braced_arguments(_BASED.sub(r"\1", text))
+    text = re.sub(r"(?<=\d) ?x ?(?=10\^)", r"\\cdot ", text)
     text = re.sub(r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda m: m.group(0).replace(" ", ""), text)
     text = " ".join(text.split()).rstrip(" .,;:").lstrip(" ,;:")
-    inside = text.strip('" ').lower()
-    return str(_WORD_NUMBERS.index(inside)) if inside in _WORD_NUMBERS else _unwrap(text)
+    number = _word_number(text.strip('" ').lower())
+    return _unwrap(text) if number is None else str(number)
+
+
+def in_radians(text: str, always: bool = False) -> str:
+    """`30^\\circ` as `\\frac{30\\pi}{180}` where degrees matter: inside a trigonometric function, or `always`."""
+    if not always and not _TRIGONOMETRY.search(text):
+        return text
+    return _ANGLE.sub(r"\\frac{\1\\pi}{180}", text)
 
 
 def key(text: str) -> str:
     """A normalised answer without the differences that never matter: spaces, braces around one character."""
     text = re.sub(r"(?<=[\w.]) (?=[\d.])", "~", text)  # `2 3` is not 23
     return re.sub(r"\{(\w)\}", r"\1", text.replace(" ", ""))
+
+
+def _word_number(text: str) -> int | None:
+    """`forty-two`, `one hundred`: numbers in words below a thousand."""
+    if len(text) > 60 or not text.isascii():
+        return None
+    value = 0
+    for word in text.replace("-", " ").replace(" and ", " ").split():
+        if word in _WORD_NUMBERS and (value % 10 == 0 and (value % 100 >= 20 or value % 100 == 0)):
+            value += _WORD_NUMBERS.index(word)
+        elif word in _WORD_TENS and value % 100 == 0:
+            value += 10 * (_WORD_TENS.index(word) + 2)
+        elif word == "hundred" and 0 < value < 10:
+            value *= 100
+        else:
+            return None
+    return value if text.strip("- ") else None
 
 
 def _unicode(text: str) -> str:
@@ -128,7 +178,7 @@ def _quote_text(text: str) -> str:
     """`\\text{abc}` becomes `"abc"`; text that holds digits, mathematics or one letter is unwrapped instead."""
     out: list[str] = []
     depth = position = 0
-    for match in re.finditer(r"\\text\s*\{([^{}\\]*)\}|\\[{}]|[{}]|\\text(?![a-zA-Z])", text):
+    for match in re.finditer(r"\\text\s*\{((?:[^{}\\]|\^\{-?\d\})*)\}|\\[{}]|[{}]|\\text(?![a-zA-Z])", text):
         out.append(text[position : match.start()])
         position = match.end()
         token, content = match.group(0), match.group(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ def load_prompts(
     chat_template: bool,
     system_prompt: str | None,
     instruction: str,
+    check: Callable[[Sequence[Row]], None] | None = None,
 ) -> PromptSet:
     """Read `paths` (layouts: `read.read_rows`), render, tokenize, and leave out prompts over `max_prompt_tokens`.
 
@@ -84,6 +85,8 @@ def load_prompts(
 
     The name is the file's stem; of several files the stems, joined by "+". The number of prompts left out is in
     `dropped` and logged as a warning.
+
+    `check` sees all rows first and may raise.
 
     Raises ValueError, with file, line and remedy, for bad files and rows, for chat messages or a system prompt without
     a chat template, and if no prompt is short enough.
@@ -96,7 +99,10 @@ def load_prompts(
         )
     name = "+".join(Path(path).stem for path in paths)
     kept, lengths = [], []
-    for row in read_rows(paths):
+    rows = read_rows(paths)
+    if check is not None:
+        check(rows)
+    for row in rows:
         text = _render(row, tokenizer, chat_template, system_prompt, instruction)
         tokens = tokenizer.encode(text)
         lengths.append(len(tokens))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from dynamo_jax.tasks.exact import NotRationalError, evaluate
+from dynamo_jax.tasks.latex import closing_brace, key
 from dynamo_jax.tasks.words import without_remark
 
 _TOKEN = re.compile(r"\\begin\{[a-zA-Z*]+\}|\\end\{[a-zA-Z*]+\}|\\[a-zA-Z]+|\\.|.", re.DOTALL)
@@ -16,11 +18,16 @@ _INDEX = r"(?:\s*(?:_\s*(?:\{[^{}]*\}|\w|\\[a-zA-Z]+)|'|\^\s*(?:\{\s*\\prime\s*\
 _NAME = re.compile(
     rf"(?:{_LETTER}{_INDEX}(?:\s*\([^()=]*\))?|[A-Z]{{2,4}}|\"[^\"]*\"|[A-Za-z][A-Za-z ]*[A-Za-z]{{2,}}[A-Za-z ]*"
     rf"|\\(?:angle|triangle|overline|vec|hat|bar|widehat)\s*\{{?[A-Za-z0-9_{{}} ]+\}}?|\|\s*[A-Za-z]+\s*\|"
+    rf"|[A-Z][\w{{}}]{{0,9}}\s*:\s*[A-Z][\w{{}}]{{0,9}}"  # a ratio of lengths, areas, volumes
+    rf"|\\frac\{{\s*[A-Z]{{2}}\s*\}}\{{\s*[A-Z]{{2}}\s*\}}"
     rf"|\(\s*{_LETTER}{_INDEX}(?:\s*,\s*{_LETTER}{_INDEX})*\s*\)|[A-Za-z]\s*\([^()]*\))"
 )
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(.*)\\end\{\1\}(.*)", re.DOTALL)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_MAX_SIGNS = 3  # independent plus-minus signs that are written out: 8 values
+_SIGN = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
+_EXCLUSION = re.compile(r"(?P<base>.+?)\s*\\setminus\s*(?P<points>\\\{.*\\\})", re.DOTALL)
 _REALS = {"\\mathbb{R}", '"all real numbers"', '"real numbers"', '"all reals"'}
 
 
@@ -50,36 +57,83 @@ def split(text: str, *separators: str) -> list[str]:
     return [*parts, text[start:].strip()]
 
 
-def members(text: str, thousands: bool) -> list[str]:
-    """The members of a list, a set or a union; one for anything else. `thousands`: 1,625 is a number."""
+def members(text: str, thousands: bool, independent: bool = False) -> list[str]:
+    """The members of a list, a set or a union; one for anything else.
+
+    `thousands`: 1,625 is a number. `independent`: several plus-minus signs in one member go through all combinations;
+    otherwise they change together.
+    """
     text = text.strip()
     if text in ("\\emptyset", "\\{\\}", "\\{ \\}"):
         return []
     if thousands and "," in text:
         text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m.group(0).replace(",", ""), text)
     found: list[str] = []
-    for part in map(without_remark, split(text, ",", ";", "\\cup")):
+    for part in map(_without_membership, map(without_remark, split(text, ",", ";", "\\cup"))):
         inside = _inside(part, "\\{", "\\}")
         if inside is not None:
-            found += members(inside, thousands=False) if inside else []
-        elif "\\pm" in part or "\\mp" in part:
-            found.append(part.replace("\\pm", "+").replace("\\mp", "-"))
-            found.append(part.replace("\\pm", "-").replace("\\mp", "+"))
+            found += members(inside, thousands=False, independent=independent) if inside else []
+        elif part.startswith("{") and closing_brace(part, 0) == len(part) - 1 and "," in part:
+            found += members(part[1:-1], thousands=False, independent=independent)  # {1,2}: a set without backslashes
+        elif _SIGN.search(part):
+            found += _signs(part, independent)
+        elif "\\setminus" in part or "\\ne" in part:
+            found += _without_points(part)
         else:
             found.append(part)
-    return [_without_membership(part) for part in found]
+    return found
+
+
+def _signs(text: str, independent: bool) -> list[str]:
+    """Every value of a text with plus-minus signs."""
+    count = len(_SIGN.findall(text))
+    if not independent or count > _MAX_SIGNS or "\\mp" in text:
+        return [
+            text.replace("\\pm", upper).replace("\\mp", lower) for upper, lower in (("+", "-"), ("-", "+"))
+        ]  # fmt: skip
+    values = [text]
+    for _ in range(count):
+        values = [value.replace("\\pm", sign, 1) for value in values for sign in "+-"]
+    return values
+
+
+def _without_points(text: str) -> list[str]:
+    """The intervals of `\\mathbb{R} \\setminus \\{1, 2\\}` or `x \\ne 1`; the text itself where that is not clear."""
+    name, _, point = text.partition("\\ne ")
+    match = _EXCLUSION.fullmatch(text)
+    if point and is_name(name):
+        low, high, points = "(-\\infty", "\\infty)", [point.strip()]
+    elif match:
+        base = bracketed(match["base"].strip())
+        if base is None or len(base.items) != 2 or base.brackets[0] not in "([" or base.brackets[1] not in ")]":
+            return [text]
+        low, high = base.brackets[0] + base.items[0], base.items[1] + base.brackets[1]
+        points = members(match["points"], thousands=False)
+    else:
+        return [text]
+    try:
+        points.sort(key=evaluate)
+    except NotRationalError:
+        if len(points) != 1:
+            return [text]
+    edges = [low, *(edge for point in points for edge in (f"{point})", f"({point}")), high]
+    return [f"{left},{right}" for left, right in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def bracketed(text: str) -> Bracketed | None:
     """A tuple, an interval or an inequality that is one; None for anything else, `(5)` too."""
     if text in _REALS:
         return Bracketed("()", ("-\\infty", "\\infty"))
+    if text.startswith("]") or (text.endswith("[") and text[0] in "[("):  # ]0, 1[ is (0, 1)
+        left = "(" if text[0] == "]" else text[0]
+        text = left + text[1:-1] + (")" if text[-1] == "[" else text[-1])
     for left in ("(", "[", "\\langle"):
         for right in (")", "]", "\\rangle"):
             inside = _inside(text, left, right)
             if inside is not None:
                 items = split(inside, ",", ";")
-                return Bracketed(left + right, tuple(i.removeprefix("+") for i in items)) if len(items) > 1 else None
+                brackets = "()" if left == "\\langle" else left + right
+                return Bracketed(brackets, tuple(i.removeprefix("+") for i in items)) if len(items) > 1 else None
     return _inequality(text)
 
 
@@ -100,7 +154,8 @@ def matrix(text: str) -> Bracketed | None:
 
 def is_name(text: str) -> bool:
     """Could it be a label before an equals sign: `x`, `f(n)`, `m_{\\max}`, `(p,q,r)`, `\\angle ABC`, words."""
-    return len(text) <= 80 and _NAME.fullmatch(text.strip()) is not None
+    text = re.sub(r"^\{([a-zA-Z])\}$", r"\1", text.strip())
+    return len(text) <= 80 and _NAME.fullmatch(text) is not None
 
 
 def same_argument(gold: str, answer: list[str]) -> list[str]:
@@ -154,3 +209,21 @@ def _without_membership(text: str) -> str:
     """`x \\in [0, 1]` without its name."""
     parts = re.split(r"\\in(?![a-zA-Z])", text, maxsplit=1)
     return parts[1].strip() if len(parts) == 2 and is_name(parts[0]) else text
+
+
+def ratio(text: str) -> list[str] | None:
+    """The terms of `3:5`; None for anything else, and for a time of day such as 12:30."""
+    terms = split(text, ":")
+    clock = re.fullmatch(r"\s*\d{1,2}\s*:\s*\d\d(?:\s*:\s*\d\d)?\s*(?:[ap]\.?m\.?)?", text)
+    return terms if 2 <= len(terms) <= 8 and all(terms) and not clock else None
+
+
+def labelled_tuple(parts: list[str]) -> str | None:
+    """`x = 1, y = 2` as the tuple `(1, 2)`, ordered by name; None unless every part has a short name of its own."""
+    pairs = [split(part, "=") for part in parts]
+    if not 2 <= len(pairs) <= 8 or any(len(p) != 2 or not re.fullmatch(_LETTER + _INDEX, p[0]) for p in pairs):
+        return None
+    names = sorted(key(name) for name, _ in pairs)
+    if len(set(names)) < len(names):
+        return None
+    return "(" + ",".join(value for _, value in sorted(pairs, key=lambda p: key(p[0]))) + ")"

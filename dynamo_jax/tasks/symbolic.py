@@ -32,7 +32,9 @@ _NORMALISATION = NormalizationConfig(
     basic_latex=False, units=False, malformed_operators=False, nits=False, boxed="none", equations=False
 )
 _BARE_LOG = re.compile(r"\\log(?![a-zA-Z])(?!\s*_)")
-_STEPS = (sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial)
+MAX_TERMS = 400  # of all sums and products together that are written out at a point
+_STEPS = (sympy.floor, sympy.ceiling, sympy.factorial, sympy.binomial, sympy.Sum, sympy.Product)
+_BOUND = (sympy.Sum, sympy.Product, sympy.Integral)
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     sympy.exp: mpmath.exp, sympy.sin: mpmath.sin, sympy.cos: mpmath.cos, sympy.tan: mpmath.tan,
     sympy.cot: mpmath.cot, sympy.sec: mpmath.sec, sympy.csc: mpmath.csc, sympy.asin: mpmath.asin,
@@ -73,6 +75,17 @@ class Symbolic:
                 return False
             agreed += 1
         return agreed >= 2
+
+    def has_value(self, text: str) -> bool:
+        """Can the formula be read, and has it a value at some point?"""
+        formula = _parse(text)
+        for point in _points(formula):
+            try:
+                point.value(formula)
+            except NoValueError:
+                continue
+            return True
+        return False
 
     def same_equation(self, gold: tuple[str, str], answer: tuple[str, str]) -> bool:
         """Are the differences of their two sides proportional?"""
@@ -157,6 +170,7 @@ class _Evaluator:
     def __init__(self, rng: random.Random, whole: bool, negative: bool) -> None:
         self.rng, self.whole, self.negative = rng, whole, negative
         self.symbols: dict[str, Any] = {}
+        self.terms = 0  # of sums and products so far
 
     def value(self, expression: Any) -> Any:
         with mpmath.workdps(DIGITS):
@@ -185,6 +199,8 @@ class _Evaluator:
             if any(v == 0 for v in values) or (len(values) == 2 and values[1] == 1):
                 raise NoValueError("logarithm of zero")
             result = mpmath.log(values[0]) / (mpmath.log(values[1]) if len(values) == 2 else 1)
+        elif isinstance(node, _BOUND) and all(len(limit) == 3 for limit in node.limits):
+            result = self._bound(node)
         elif isinstance(node, sympy.UnevaluatedExpr):
             result = self._value(node.args[0])
         elif node.func in _FUNCTIONS:
@@ -206,6 +222,38 @@ class _Evaluator:
                     drawn = -drawn
             self.symbols[name] = drawn
         return self.symbols[name]
+
+    def _bound(self, node: Any) -> Any:
+        """A finite sum or product term by term; anything else as some value that its parts alone decide.
+
+        The latter is linear in the summand, so that constants may stand before or behind the sign.
+        """
+        body, (variable, low, high) = node.args[0], node.limits[-1]
+        if len(node.limits) > 1:
+            body = node.func(node.args[0], *node.limits[:-1])
+        first, last = (mpmath.mpf(0) if abs(v) == sympy.oo else self._value(v) for v in (low, high))
+        before = self.symbols.get(variable.name)
+        indexed = any(variable.name in s.name and s != variable for s in body.free_symbols)  # a_k is a symbol to sympy
+        whole = all(_is_real(v) and mpmath.isint(mpmath.re(v)) for v in (first, last))
+        try:
+            if not isinstance(node, sympy.Integral) and whole and not indexed and sympy.oo not in (abs(low), abs(high)):
+                self.terms += max(0, int(mpmath.re(last - first)) + 1)
+                if self.terms > MAX_TERMS:
+                    raise NoValueError("too many terms")
+                terms = []
+                for k in range(int(mpmath.re(first)), int(mpmath.re(last)) + 1):
+                    self.symbols[variable.name] = mpmath.mpf(k)
+                    terms.append(self._value(body))
+                return mpmath.fsum(terms) if isinstance(node, sympy.Sum) else mpmath.fprod(terms)
+            self.symbols[variable.name] = mpmath.mpf(7) / 3
+            ends = [repr(v) if abs(v) == sympy.oo else mpmath.nstr(e, 60) for v, e in ((low, first), (high, last))]
+            weight = self._symbol(f"{node.func.__name__} {ends}")
+            value = self._value(body)
+            return weight * value if not isinstance(node, sympy.Product) else mpmath.power(abs(value) + 2, weight)
+        finally:
+            self.symbols.pop(variable.name, None)
+            if before is not None:
+                self.symbols[variable.name] = before
 
     def _power(self, base_node: Any, exponent_node: Any) -> Any:
         base, exponent = self._value(base_node), self._value(exponent_node)

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
 
 from dynamo_jax.config import Config
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
+from dynamo_jax.tasks.known_golds import known_problem
 from dynamo_jax.tasks.prompts import PromptSet, load_prompts, make_prompt_set
+from dynamo_jax.tasks.read import Row
+from dynamo_jax.tasks.rewards import Grader, RewardGrader, Shaped
 from dynamo_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 from dynamo_jax.tasks.verifier import Verifier
 
-
-class Grader(Protocol):
-    """`Verifier`, or anything that grades like it."""
-
-    @property
-    def counts(self) -> Mapping[str, int]: ...
-
-    def grade_batch(self, pairs: Sequence[tuple[str, str]]) -> list[bool]: ...
-
-    def close(self) -> None: ...
+KILLED_ANSWERS = "killed_answers.jsonl"  # in the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +36,32 @@ def build_tokenizer(config: Config) -> Tokenizer:
     return load_tokenizer(str(config.task.tokenizer))
 
 
-def build_verifier(config: Config) -> Grader:
-    """The task's grader. Workers start with the first answer that needs one."""
+def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
+    """The task's grader. Workers start with the first answer that needs one.
+
+    Answers that cost a worker its life are added to `killed_file`. Raises `ValueError` for a reward of the user's own
+    that cannot be loaded.
+    """
     if config.task.kind == "arithmetic":
         return ArithmeticVerifier()
-    v = config.verifier
-    return Verifier(workers=v.workers, timeout=v.timeout, memory_mb=v.memory_mb)
+    r = config.task.reward
+    base = _base_grader(config, killed_file)
+    if not (r.format_bonus or r.length_penalty):
+        return base
+    if r.length_limit <= r.length_free:
+        raise ValueError(
+            f"task.reward.length_limit = {r.length_limit} must be above task.reward.length_free = {r.length_free}. "
+            "Raise it."
+        )
+    return Shaped(base, r.format_bonus, r.length_penalty, r.length_free, r.length_limit)
+
+
+def _base_grader(config: Config, killed_file: Path | None) -> Verifier | RewardGrader:
+    r, v = config.task.reward, config.verifier
+    if r.kind in ("math", "math_verify_compat"):
+        kind: Literal["math", "math_verify_compat"] = "math" if r.kind == "math" else "math_verify_compat"
+        return Verifier(workers=v.workers, timeout=v.timeout, memory_mb=v.memory_mb, kind=kind, killed_file=killed_file)
+    return RewardGrader(r.kind)
 
 
 def build_task(config: Config) -> Task:
@@ -59,7 +74,8 @@ def build_task(config: Config) -> Task:
         train, heldout = _arithmetic(config, tokenizer)
         return Task(tokenizer, train, (heldout,), build_verifier(config))
     train = _read(config.task.train, tokenizer, config)
-    return Task(tokenizer, train, eval_prompts(config, tokenizer, ()), build_verifier(config))
+    verifier = build_verifier(config, Path(config.run_dir) / KILLED_ANSWERS)
+    return Task(tokenizer, train, eval_prompts(config, tokenizer, ()), verifier)
 
 
 def eval_prompts(config: Config, tokenizer: Tokenizer, files: Sequence[str]) -> tuple[PromptSet, ...]:
@@ -87,6 +103,31 @@ def _arithmetic(config: Config, tokenizer: Tokenizer) -> tuple[PromptSet, Prompt
     return train, heldout
 
 
+def check_golds(config: Config) -> Callable[[Sequence[Row]], None]:
+    """A check of rows: `ValueError`, with its place, for the first reference answer that nothing could ever equal.
+
+    Answers that are known to be ungradable (`known_golds.py`) pass: they are listed with every evaluation.
+    """
+
+    def check(rows: Sequence[Row]) -> None:
+        grader = _base_grader(config, None)
+        try:
+            reasons = grader.unreadable([row.answer for row in rows])
+        finally:
+            grader.close()
+        bad = [
+            (row, why)
+            for row, why in zip(rows, reasons, strict=True)
+            if why is not None and known_problem(row.id, row.answer) is None
+        ]
+        if bad:
+            (row, why), more = bad[0], len(bad) - 1
+            others = f" {more} more rows are like it." if more else ""
+            raise ValueError(f"{row.where}: {why.rstrip('.')}. Correct it, or take the row out.{others}")
+
+    return check
+
+
 def _read(paths: Sequence[str], tokenizer: Tokenizer, config: Config) -> PromptSet:
     t = config.task
     return load_prompts(
@@ -96,4 +137,5 @@ def _read(paths: Sequence[str], tokenizer: Tokenizer, config: Config) -> PromptS
         chat_template=t.chat_template,
         system_prompt=t.system_prompt,
         instruction=t.instruction,
+        check=check_golds(config),
     )

@@ -8,6 +8,8 @@ An answer whose worker dies is wrong, is counted, and the worker is replaced.
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import queue
 import select
@@ -22,16 +24,19 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-from dynamo_jax.tasks.answers import compare
+from dynamo_jax.tasks.answers import cache_key, check_gold, compare, readable
 from dynamo_jax.tasks.extract import extract
-from dynamo_jax.tasks.latex import normalise
 from dynamo_jax.tasks.verifier_worker import read_message, write_message
 
 START_SECONDS = 120.0  # wall clock; importing sympy takes about a second, on a loaded machine many
 WALL_FACTOR = 6.0  # wall-clock seconds allowed for each CPU second: workers share cores with everything else
 CACHE_SIZE = 8192
+RECYCLE = 3000  # answers after which a worker is replaced: the parser's tables grow by about 8 kB an answer
+PENDING = 256  # answers a worker that wait in memory; a caller with more waits
+MAX_SAVED = 20_000  # characters of a killed answer
+log = logging.getLogger("dynamo_jax")
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -49,14 +54,16 @@ class _Worker:
     def __init__(self, timeout: float, memory_mb: float) -> None:
         self.timeout, self.memory_mb = timeout, memory_mb
         self.process: subprocess.Popen[bytes] | None = None
+        self.asked = 0  # of the process
 
-    def ask(self, gold: str, answer: str) -> dict[str, Any]:
+    def ask(self, kind: str, gold: str, answer: str) -> dict[str, Any]:
         """The worker's reply. Raises `_Death`, and `RuntimeError` if no worker can be started."""
         process = self.process
-        if process is None or process.poll() is not None:
+        if process is None or process.poll() is not None or self.asked >= RECYCLE:
             process = self.start()
+        self.asked += 1
         try:
-            write_message(_pipe(process.stdin), [gold, answer])
+            write_message(_pipe(process.stdin), [kind, gold, answer])
             reply = self.receive(process, WALL_FACTOR * self.timeout + 5.0)
         except BrokenPipeError:
             reply = None
@@ -68,6 +75,7 @@ class _Worker:
 
     def start(self) -> subprocess.Popen[bytes]:
         self.stop()
+        self.asked = 0
         paths = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "dynamo_jax.tasks.verifier_worker", str(self.timeout), str(self.memory_mb)]
@@ -118,21 +126,34 @@ class Verifier:
         workers: processes for answers that need algebra; as many are compared at once.
         timeout: seconds of CPU time that one answer may take in a worker (the kernel rounds up to whole seconds).
         memory_mb: MiB of address space that an answer may take beyond a worker's size at start.
+        kind: `math`, or `math_verify_compat`: every response goes through math-verify with 3 decimals, in a worker, as
+            in the paper's released code. It is slow and can be fooled; for comparing numbers only.
+        killed_file: a JSONL file to which every answer that costs its worker its life is added.
 
     `counts` says what happened so far: `graded` answers, of which `symbolic` needed a worker and `cached` were known;
-    `unreadable` ones no parser could read; `killed` ones cost their worker its life, by `timeouts` or `crashes`;
-    `starts` of worker processes. `killed_answers` holds the latest (gold, answer) pairs whose worker died.
+    `no_answer` responses gave none; `unreadable` ones no parser could read; `killed` ones cost their worker its life,
+    by `timeouts` or `crashes`; `starts` of worker processes. `killed_answers` holds the latest (gold, answer) pairs
+    whose worker died.
     """
 
-    def __init__(self, workers: int = 2, timeout: float = 5.0, memory_mb: int = 1024) -> None:
+    def __init__(
+        self,
+        workers: int = 2,
+        timeout: float = 5.0,
+        memory_mb: int = 1024,
+        *,
+        kind: Literal["math", "math_verify_compat"] = "math",
+        killed_file: str | Path | None = None,
+    ) -> None:
         if workers < 1 or timeout <= 0 or memory_mb <= 0:
             raise ValueError(
                 f"workers={workers}, timeout={timeout}, memory_mb={memory_mb}: all must be positive; "
                 "the defaults are 2, 5.0 and 1024"
             )
+        self.kind, self.killed_file = kind, killed_file
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._cache: OrderedDict[tuple[str, str], bool] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str, str], bool] = OrderedDict()
         self.killed_answers: deque[tuple[str, str]] = deque(maxlen=32)
         self._workers = [_Worker(timeout, memory_mb) for _ in range(workers)]
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -140,13 +161,14 @@ class Verifier:
             self._free.put(worker)
         # One thread a worker: it waits for the reply while the callers go on with the exact path.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
+        self._room = threading.BoundedSemaphore(PENDING * workers)
         self._closing = threading.Event()
         self._finalizer = weakref.finalize(self, _shut_down, self._closing, self._threads, self._workers)
 
     @property
     def counts(self) -> dict[str, int]:
         with self._lock:
-            names = ("graded", "symbolic", "cached", "unreadable", "timeouts", "crashes", "starts")
+            names = ("graded", "no_answer", "symbolic", "cached", "unreadable", "timeouts", "crashes", "starts")
             counts = {name: self._counts[name] for name in names}
         return {**counts, "killed": counts["timeouts"] + counts["crashes"]}
 
@@ -156,24 +178,10 @@ class Verifier:
         Raises `RuntimeError` if workers cannot be started or the verifier was closed.
         """
         results: list[bool | Future[bool]] = []
-        pending: dict[tuple[str, str], Future[bool]] = {}
+        pending: dict[tuple[str, str, str], Future[bool]] = {}
         try:
             for output, gold in pairs:
-                answer = extract(output)
-                verdict = False if answer is None else compare(gold, answer)
-                if verdict is not None or answer is None:
-                    results.append(bool(verdict))
-                    continue
-                pair = (gold, normalise(answer))
-                known = self._recall(pair)
-                if known is not None:
-                    results.append(known)
-                    continue
-                if pair not in pending:
-                    if self._closing.is_set():
-                        raise RuntimeError("this Verifier is closed; make a new one")
-                    pending[pair] = self._threads.submit(self._ask, pair, answer)
-                results.append(pending[pair])
+                results.append(self._judge(output, gold, pending))
             with self._lock:
                 self._counts["graded"] += len(results)
             return [r.result() if isinstance(r, Future) else r for r in results]
@@ -182,6 +190,52 @@ class Verifier:
         finally:
             for future in pending.values():
                 future.cancel()  # after an error: do not go on with what nobody waits for
+
+    def _judge(self, output: str, gold: str, pending: dict[tuple[str, str, str], Future[bool]]) -> bool | Future[bool]:
+        """At once where the exact path can tell, else what a worker will say; `pending` holds what was asked."""
+        if self.kind == "math_verify_compat":
+            return self._later((self.kind, gold, output), output, pending)
+        answer = extract(output)
+        if answer is None:
+            with self._lock:
+                self._counts["no_answer"] += 1
+            return False
+        verdict = compare(gold, answer)
+        return verdict if verdict is not None else self._later((self.kind, *cache_key(gold, answer)), answer, pending)
+
+    def unreadable(self, golds: Sequence[str]) -> list[str | None]:
+        """For each reference answer why no response could ever equal it; None where all is well.
+
+        Formulas that the exact path does not read are parsed in the workers.
+        """
+        reasons: list[str | None] = [check_gold(gold) for gold in golds]
+        pending: dict[tuple[str, str, str], Future[bool]] = {}
+        waiting = {}
+        for index, gold in enumerate(golds):
+            if reasons[index] is None and self.kind == "math" and not readable(gold):
+                waiting[index] = self._later(("parse", gold, ""), "", pending)
+        for index, reply in waiting.items():
+            if not (reply.result() if isinstance(reply, Future) else reply):
+                reasons[index] = f"the reference answer {golds[index][:80]!r} is no formula that the grader can read"
+        return reasons
+
+    def _later(
+        self, request: tuple[str, str, str], answer: str, pending: dict[tuple[str, str, str], Future[bool]]
+    ) -> bool | Future[bool]:
+        known = self._recall(request)
+        if known is not None:
+            return known
+        if request not in pending:
+            if self._closing.is_set():
+                raise RuntimeError("this Verifier is closed; make a new one")
+            self._room.acquire()
+            try:
+                future = pending[request] = self._threads.submit(self._ask, request, answer)
+            except RuntimeError:
+                self._room.release()
+                raise RuntimeError("this Verifier is closed; make a new one") from None
+            future.add_done_callback(lambda _: self._room.release())
+        return pending[request]
 
     def grade(self, output: str, gold: str) -> bool:
         """`grade_batch` of one."""
@@ -199,24 +253,24 @@ class Verifier:
     ) -> None:
         self.close()
 
-    def _recall(self, pair: tuple[str, str]) -> bool | None:
+    def _recall(self, request: tuple[str, str, str]) -> bool | None:
         with self._lock:
-            known = self._cache.get(pair)
+            known = self._cache.get(request)
             if known is not None:
-                self._cache.move_to_end(pair)
+                self._cache.move_to_end(request)
                 self._counts["cached"] += 1
             return known
 
-    def _ask(self, pair: tuple[str, str], answer: str) -> bool:
+    def _ask(self, request: tuple[str, str, str], answer: str) -> bool:
         worker = self._free.get()
         try:
             if self._closing.is_set():
                 raise RuntimeError("this Verifier was closed while it graded")
-            fresh = worker.process is None or worker.process.poll() is not None
+            fresh = worker.process is None or worker.process.poll() is not None or worker.asked >= RECYCLE
             with self._lock:
                 self._counts["symbolic"] += 1
                 self._counts["starts"] += fresh
-            reply = worker.ask(pair[0], answer)
+            reply = worker.ask(request[0], request[1], answer)
         except (_Death, RuntimeError) as death:
             if self._closing.is_set():
                 raise RuntimeError("this Verifier was closed while it graded") from death
@@ -224,10 +278,11 @@ class Verifier:
                 raise
             with self._lock:
                 self._counts["timeouts" if death.timed_out else "crashes"] += 1
-                self.killed_answers.append((pair[0], answer))
+                self.killed_answers.append((request[1], answer))
+                self._save_killed(request, answer, death.timed_out)
             # A crash may have come from outside: worth another try next time. A timeout is not.
             if death.timed_out:
-                self._remember(pair, False)
+                self._remember(request, False)
             return False
         finally:
             self._free.put(worker)
@@ -235,12 +290,23 @@ class Verifier:
             with self._lock:
                 self._counts["unreadable"] += 1
         same = reply.get("same") is True
-        self._remember(pair, same)
+        self._remember(request, same)
         return same
 
-    def _remember(self, pair: tuple[str, str], same: bool) -> None:
+    def _save_killed(self, request: tuple[str, str, str], answer: str, timed_out: bool) -> None:
+        if self.killed_file is None:
+            return
+        cause = "timeout" if timed_out else "crash"
+        line = json.dumps({"cause": cause, "kind": request[0], "gold": request[1], "answer": answer[:MAX_SAVED]})
+        try:
+            with open(self.killed_file, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:  # a full disk must not cost the run: the answer is wrong either way
+            log.warning("%s: cannot be written: %s", self.killed_file, error.strerror)
+
+    def _remember(self, request: tuple[str, str, str], same: bool) -> None:
         with self._lock:
-            self._cache[pair] = same
+            self._cache[request] = same
             while len(self._cache) > CACHE_SIZE:
                 self._cache.popitem(last=False)
 

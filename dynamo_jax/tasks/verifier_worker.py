@@ -1,7 +1,9 @@
 """The process that compares what only algebra can: `python -m dynamo_jax.tasks.verifier_worker TIMEOUT MEMORY_MB`.
 
 Reads requests from standard input and writes replies to standard output, each a four-byte big-endian length and JSON.
-A request is `[gold, answer]`, its reply `{"same": bool}` or `{"error": kind}`; `{"ready": true}` comes before all.
+A request is `[kind, gold, answer]`: `math` (compare the two), `math_verify_compat` (the same by math-verify; the answer
+is the whole response) or `parse` (can the gold be read?). Its reply is `{"same": bool}` or `{"error": name}`;
+`{"ready": true}` comes before all.
 Ends at end of file, so it outlives a killed parent by one answer at most. Never imports jax.
 """
 
@@ -16,7 +18,7 @@ import struct
 import sys
 from typing import IO, Any
 
-from dynamo_jax.tasks.answers import compare
+from dynamo_jax.tasks.answers import Algebra, compare, readable
 
 HEADER = struct.Struct(">I")
 MAX_MESSAGE = 1 << 20  # bytes; answers and golds are a few thousand characters
@@ -55,6 +57,16 @@ def _limit_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
+def _decide(kind: str, gold: str, answer: str, algebra: Algebra) -> bool:
+    if kind == "math":
+        return compare(gold, answer, algebra) is True
+    if kind == "parse":
+        return readable(gold, algebra)
+    from dynamo_jax.tasks.compat import math_verify_equal
+
+    return math_verify_equal(gold, answer)
+
+
 def main() -> None:
     timeout, memory_mb = float(sys.argv[1]), float(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
@@ -79,10 +91,10 @@ def main() -> None:
     os.dup2(nowhere, 2)  # up to here standard error tells the parent why a start failed
 
     while (request := read_message(requests)) is not None:
-        gold, answer = request
+        kind, gold, answer = request
         _limit_cpu(timeout)
         try:
-            reply: dict[str, Any] = {"same": compare(gold, answer, algebra) is True}
+            reply: dict[str, Any] = {"same": _decide(kind, gold, answer, algebra)}
         except Exception as error:  # whatever a parser raises on hostile text; the parent counts it
             reply = {"error": type(error).__name__}
         write_message(replies, reply)

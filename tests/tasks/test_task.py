@@ -133,5 +133,25 @@ def test_the_verifier_gets_its_limits_from_the_config(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr("dynamo_jax.tasks.task.Verifier", lambda **limits: seen.update(limits))
     build_verifier(load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder"))
-    assert seen == {"workers": 1, "timeout": 7.0, "memory_mb": 256}
+    assert seen == {"workers": 1, "timeout": 7.0, "memory_mb": 256, "kind": "math", "killed_file": None}
     Verifier(**seen).close()  # these are its names
+
+
+@pytest.mark.shared
+def test_a_reference_that_nothing_can_equal_is_an_error_with_its_row(tmp_path, math_task):
+    bad = "t(0,4]"
+    file = write(tmp_path / "bad" / "x.jsonl", ("p", "1"), ("q", bad), ("r", bad))
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: the reference answer .*Correct it.*1 more rows"):
+        build_task(load(tmp_path, **math_task | {"train": [file]}))
+    countdown = {"train": [file], "reward": {"kind": "countdown"}}
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 1: .*no countdown problem"):
+        build_task(load(tmp_path, **math_task | countdown))
+
+
+@pytest.mark.parametrize(
+    "reward", [{"kind": "nowhere:f"}, {"length_penalty": 1.0, "length_free": 9, "length_limit": 9}]
+)
+def test_a_reward_that_cannot_be_made(tmp_path, reward):
+    config = load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder", reward=reward)
+    with pytest.raises(ValueError, match=r"task\.reward\."):
+        build_verifier(config)

@@ -153,6 +153,47 @@ def test_the_kernel_ends_an_answer_that_takes_too_long() -> None:
         assert small.counts["timeouts"] == 1
 
 
+def test_the_text_of_a_killed_answer_is_saved(tmp_path: Path) -> None:
+    file = tmp_path / "killed.jsonl"
+    with Verifier(workers=1, timeout=1.0, killed_file=file) as small:
+        assert small.grade(BUSY, r"x+\sqrt{2}") is False
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert row == {"cause": "timeout", "kind": "math", "gold": r"x+\sqrt{2}", "answer": BUSY[7:-1]}
+
+
+def test_a_worker_is_replaced_before_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RECYCLE", 2)
+    with Verifier(workers=1) as small:
+        pairs = [(f"\\boxed{{\\sqrt{{{k * k * 2}}}}}", f"{k}\\sqrt{{2}}") for k in range(2, 7)]
+        assert small.grade_batch(pairs) == [True] * 5
+        assert (small.counts["starts"], small.counts["crashes"], len(processes(small))) == (3, 0, 1)
+
+
+def test_references_that_nothing_can_equal(verifier: Verifier) -> None:
+    good = ["42", r"2\sqrt{2}", r"\frac{x}{y}=2", "(1, x)", r"\text{even}", "B", r"\{1, \pi\}", "1:2", r"[0, \infty)"]
+    assert verifier.unreadable(good) == [None] * len(good)
+    bad = [
+        "",
+        "t(0,4]",
+        r"\frac{1}{2",
+        r"\begin{cases} 1 \\ 2 \end{cases}",
+    ]
+    for gold, reason in zip(bad, verifier.unreadable(bad), strict=True):
+        assert "reference answer" in (reason or ""), gold
+
+
+def test_more_answers_than_fit_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PENDING", 2)
+    with Verifier(workers=1) as small:
+        pairs = [(f"\\boxed{{{k}\\sqrt{{8}}}}", f"{2 * k}\\sqrt{{2}}") for k in range(1, 9)]
+        assert small.grade_batch(pairs) == [True] * 8
+
+
+def test_a_turn_of_degrees_is_not_cached_as_a_number(verifier: Verifier) -> None:
+    answers = [r"\boxed{30^\circ}", r"\boxed{30}", r"\boxed{30^\circ}"]
+    assert [verifier.grade(answer, r"\frac{\pi}{6}") for answer in answers] == [True, False, True]
+
+
 def test_wall_clock_is_behind_the_cpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     with Verifier(workers=1, timeout=1.0) as small:
         assert small.grade(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
