@@ -65,7 +65,8 @@ class Pool(NamedTuple):
     prompt_of_R: np.ndarray  # int32, slot in `prompts`
     rollouts: Rollouts
     texts: tuple[str, ...]
-    reward_R: np.ndarray  # float32, 0 or 1
+    right_R: np.ndarray  # bool, the verdict: what allocation and group statistics of right and wrong go by
+    reward_R: np.ndarray  # float32: the verdict, or a graded reward
 
 
 def train_batch(

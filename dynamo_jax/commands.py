@@ -32,7 +32,7 @@ from dynamo_jax.sharding import agreed, make_mesh, start_devices
 from dynamo_jax.tasks.extract import extract
 from dynamo_jax.tasks.known_golds import known_problem
 from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
-from dynamo_jax.tasks.rewards import Grader, Grading, Shaped
+from dynamo_jax.tasks.rewards import Grader, Grading, verdict_of
 from dynamo_jax.tasks.task import build_tokenizer, build_verifier, eval_prompts
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
@@ -164,7 +164,7 @@ def _sample(
     graph, _ = abstract_policy(decoder)
     params = load_policy(checkpoint, decoder)
     sampler = _eval_sampler(config, graph, mesh, tokenizer, files[0].samples)
-    grading = Grading(verifier.base if isinstance(verifier, Shaped) else verifier)
+    grading = Grading(verdict_of(verifier))
     evaluations = []
     try:
         for number, (prompts, file, rows) in enumerate(zip(prompt_sets, files, saved, strict=True)):

@@ -13,7 +13,7 @@ from dynamo_jax.batch import Rollouts
 from dynamo_jax.rollout.sampler import Sampler
 from dynamo_jax.tasks.extract import extract
 from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
-from dynamo_jax.tasks.rewards import Grader, Shaped
+from dynamo_jax.tasks.rewards import Grader, verdict_of
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
 RESAMPLES = 1000
@@ -93,8 +93,7 @@ def evaluate(
 
 def right(verifier: Grader, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     """bool [len(pairs)]: which are right, whatever is added to the reward for form and length."""
-    grader = verifier.base if isinstance(verifier, Shaped) else verifier
-    return np.array(grader.grade_batch(pairs), np.float64) > 0.5
+    return np.array(verdict_of(verifier).grade_batch(pairs), np.float64) > 0.5
 
 
 def decode_rollouts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
 from dynamo_jax.allocation.reinforce_ada import balanced_choice, satisfied
-from dynamo_jax.batch import Pool, PromptBatch, Rollouts
+from dynamo_jax.batch import Pool, PromptBatch
 from dynamo_jax.config import Config
 from dynamo_jax.objective import overlong_penalty
+from dynamo_jax.rollout.sampler import join
 
 EMPTY = -1  # a row of the training batch without a rollout
 
@@ -60,12 +60,12 @@ def merged(rounds: Sequence[Pool]) -> Pool:
     first = {id(batch): sum(len(before.ids) for before in batches[:i]) for i, batch in enumerate(batches)}
     *arrays, ids, texts, answers = zip(*batches, strict=True)
     index, tokens, lengths = (np.concatenate(x) for x in arrays)
-    rollouts: list[Any] = [np.concatenate(x) for x in zip(*(one.rollouts for one in rounds), strict=True)]
     return Pool(
         PromptBatch(index, tokens, lengths, *(tuple(chain(*names)) for names in (ids, texts, answers))),
         np.concatenate([one.prompt_of_R + first[id(one.prompts)] for one in rounds]),
-        Rollouts(*rollouts),
+        join([one.rollouts for one in rounds]),
         tuple(chain(*(one.texts for one in rounds))),
+        np.concatenate([one.right_R for one in rounds]),
         np.concatenate([one.reward_R for one in rounds]),
     )
 
@@ -83,7 +83,7 @@ def trained_rows(config: Config, pool: Pool, rng: np.random.Generator) -> np.nda
                 room -= len(rows)
         return np.concatenate([*kept, np.full(room, EMPTY)])
     if config.allocation.rule == "reinforce_ada":
-        return balanced_choice(pool.reward_R, pool.prompt_of_R, len(pool.prompts.ids), config.rollout.per_prompt, rng)
+        return balanced_choice(pool.right_R, pool.prompt_of_R, len(pool.prompts.ids), config.rollout.per_prompt, rng)
     return np.arange(B)
 
 
@@ -102,13 +102,13 @@ def padded_pool(config: Config, reward_R: np.ndarray, prompt_of_R: np.ndarray) -
 
 
 def record_arrays(config: Config, one: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """index [P], prompt_of, reward and gradient size [B] of one round, filled up to B, for the allocation to record."""
-    room = (0, config.rollout.budget - len(one.reward_R))
-    size_R = np.zeros_like(one.reward_R)
+    """index [P], prompt_of, verdict and gradient size [B] of one round, filled up to B, to be recorded."""
+    room = (0, config.rollout.budget - len(one.right_R))
+    right_R, size_R = one.right_R.astype(np.float32), np.zeros(len(one.right_R), np.float32)
     if config.allocation.rule == "gvm":  # |d log pi / d logits| of a token is between 1 - pi and sqrt(2) times that
         size_R = np.sqrt(np.sum(np.square(1.0 - np.exp(one.rollouts.logp_BC)), axis=1))  # padding has log-prob 0
     prompt_of_B = np.pad(one.prompt_of_R, room, constant_values=config.rollout.prompts).astype(np.int32)
-    return one.prompts.index_P, prompt_of_B, np.pad(one.reward_R, room), np.pad(size_R, room)
+    return one.prompts.index_P, prompt_of_B, np.pad(right_R, room), np.pad(size_R, room)
 
 
 def shaping_metrics(config: Config, pool: Pool) -> dict[str, float]:
@@ -142,6 +142,7 @@ def sample_lines(step: int, pool: Pool, count: int) -> str:
             "prompt": pool.prompts.texts[p],
             "text": pool.texts[r],
             "answer": pool.prompts.answers[p],
+            "right": bool(pool.right_R[r]),
             "reward": float(pool.reward_R[r]),
             "length": int(pool.rollouts.length_B[r]),
             "ended": bool(pool.rollouts.ended_B[r]),
@@ -166,7 +167,7 @@ def _counts(pool: Pool) -> np.ndarray:
 
 
 def _right(pool: Pool) -> np.ndarray:
-    return np.bincount(pool.prompt_of_R, weights=pool.reward_R > 0.5, minlength=len(pool.prompts.ids)).astype(int)
+    return np.bincount(pool.prompt_of_R, weights=pool.right_R, minlength=len(pool.prompts.ids)).astype(int)
 
 
 def _mixed(pool: Pool) -> np.ndarray:

@@ -33,9 +33,10 @@ def allocation_metrics(counts_P: np.ndarray, success_P: np.ndarray) -> dict[str,
 def rollout_metrics(pool: Pool, seconds: float) -> dict[str, float]:
     """Rewards, lengths in tokens, and sampled tokens per second of sampling, of all that was sampled."""
     rollouts, counts = pool.rollouts, np.bincount(pool.prompt_of_R, minlength=len(pool.prompts.ids))
-    right = np.bincount(pool.prompt_of_R, weights=pool.reward_R, minlength=len(pool.prompts.ids))
+    right = np.bincount(pool.prompt_of_R, weights=pool.right_R, minlength=len(pool.prompts.ids))
     return {
         "reward/mean": float(pool.reward_R.mean()),
+        "reward/right": float(pool.right_R.mean()),
         # Only groups with right and wrong answers have a gradient.
         "reward/mixed_groups": float(np.mean((right > 0) & (right < counts))),
         "rollout/length_mean": float(rollouts.length_B.mean()),

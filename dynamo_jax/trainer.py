@@ -7,7 +7,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 
 from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
-from dynamo_jax.batch import Pool, PromptBatch, train_batch
+from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
 from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import Config, resolved
 from dynamo_jax.evaluate import decode_rollouts, evaluate
@@ -29,6 +30,7 @@ from dynamo_jax.policy.hf import load_hf
 from dynamo_jax.policy.model import abstract_policy, init_policy, param_shardings
 from dynamo_jax.report import write_report
 from dynamo_jax.rollout.build import make_samplers
+from dynamo_jax.rollout.sampler import join
 from dynamo_jax.rounds import (
     EMPTY,
     merged,
@@ -47,6 +49,7 @@ from dynamo_jax.run_folder import RunFolder, write_atomic
 from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
 from dynamo_jax.tasks.prompts import PromptIterator
+from dynamo_jax.tasks.rewards import Grading, added_reward, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
 from dynamo_jax.update import Programs, TrainState
 from dynamo_jax.warmup import warm_up
@@ -167,15 +170,22 @@ class Trainer:
 
     def _sample_and_grade(self, prompts: PromptBatch, prompt_of_R: np.ndarray, key: jax.Array) -> Pool:
         """One round: a rollout for each entry of `prompt_of_R`, and its reward."""
+        pieces: list[Rollouts] = []
+        texts: list[str] = []
+        verdicts: list[Future[Sequence[float]]] = []
         with self._phase("sample"):
-            rollouts = self.sampler.sample(self.state.params, prompts, prompt_of_R, key)
+            for piece in self.sampler.pieces(self.state.params, prompts, prompt_of_R, key):
+                pieces.append(piece)
+                new = decode_rollouts(piece, self.task.tokenizer)
+                answers = [prompts.answers[p] for p in prompt_of_R[len(texts) : len(texts) + len(new)]]
+                verdicts.append(self.grading.submit(list(zip(new, answers, strict=True))))  # while the device goes on
+                texts += new
         self._stop_if_asked()
         with self._phase("grade"):
-            texts = tuple(decode_rollouts(rollouts, self.task.tokenizer))
-            pairs = [(text, prompts.answers[p]) for text, p in zip(texts, prompt_of_R, strict=True)]
-            reward_R = np.array(self.task.verifier.grade_batch(pairs), np.float32)
+            verdict_R = np.array([x for verdict in verdicts for x in verdict.result()], np.float32)
+            added_R = np.array([added_reward(self.task.verifier, text) for text in texts], np.float32)
         self._stop_if_asked()
-        return Pool(prompts, prompt_of_R, rollouts, texts, reward_R)
+        return Pool(prompts, prompt_of_R, join(pieces), tuple(texts), verdict_R > 0.5, verdict_R + added_R)
 
     def _sample_again(self, step: int, rounds: list[Pool]) -> Pool:
         """Another round, of new prompts (dynamic sampling) or of those that need more rollouts (`reinforce_ada`)."""
@@ -204,6 +214,8 @@ class Trainer:
         c, writer = self.config, jax.process_index() == 0
         with ExitStack() as stack:
             stack.enter_context(self._signals())
+            self.grading = Grading(verdict_of(self.task.verifier))
+            stack.callback(self.grading.close)
             self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
             done = self.checkpoints.latest()
             self.log = self._open_log(done) if writer else None

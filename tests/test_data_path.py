@@ -10,6 +10,7 @@ import dataclasses
 import json
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ class Echo:
     def __init__(self) -> None:
         self.steps: list[list[tuple[int, str, str]]] = []  # (slot, problem, text) of each rollout
         self.traces = 0
+
+    def pieces(self, _: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, __: Any) -> Iterator[Rollouts]:
+        yield self.sample(_, prompts, prompt_of_B, __)
 
     def sample(self, _: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, __: Any) -> Rollouts:
         asked, solutions = [], [solve(p) for p in problems()]
@@ -225,7 +229,7 @@ def test_train_batch_keeps_rows_together_under_any_permutation() -> None:
         mark_BC = np.stack([rows, rows + 1000], 1)
         rollouts = Rollouts(mark_BC, rows + 300, rows % 2 == 0, mark_BC / 7)
         order = rng.permutation(np.append(rows, [-1, -1]))[: rng.integers(1, len(rows) + 3)]  # -1: an empty row
-        pool = Pool(prompts, prompt_of_B, rollouts, tuple(map(str, rows)), rows * 0.0)
+        pool = Pool(prompts, prompt_of_B, rollouts, tuple(map(str, rows)), rows > 0, rows * 0.0)
         batch = train_batch(pool, rows + 0.5, rows + 0.25, rows + 400, order)
         for m, b in enumerate(order):
             p = prompt_of_B[max(b, 0)]

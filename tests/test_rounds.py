@@ -48,7 +48,7 @@ def pool(batch: PromptBatch, rewards: list[list[int]]) -> Pool:
     R = len(reward)
     tokens = np.stack([batch.index_P[prompt_of], np.arange(R)], 1).astype(np.int32)
     rollouts = Rollouts(tokens, np.full(R, 2, np.int32), np.ones(R, bool), np.full((R, 2), -0.5, np.float32))
-    return Pool(batch, prompt_of, rollouts, tuple(f"{a} {b}" for a, b in tokens), reward)
+    return Pool(batch, prompt_of, rollouts, tuple(f"{a} {b}" for a, b in tokens), reward > 0.5, reward)
 
 
 def test_merged_rounds_keep_every_rollout_with_its_prompt():
@@ -127,7 +127,8 @@ def test_reinforce_ada_samples_the_unsatisfied_again_and_balances(tmp_path):
 def test_what_the_allocation_records_of_a_round(tmp_path):
     c = config(tmp_path, ADA)
     one = pool(prompts(4), [[1], [0, 1], []])
-    index, prompt_of, reward, size = record_arrays(c, one)
+    graded = one._replace(reward_R=one.reward_R - 0.6)  # a penalty does not make a right answer a failure
+    index, prompt_of, reward, size = record_arrays(c, graded)
     assert index.tolist() == [4, 5, 6]
     assert prompt_of.tolist() == [0, 1, 1] + [3] * 9
     assert reward.tolist() == [1, 0, 1] + [0] * 9

@@ -87,6 +87,9 @@ def _objective_problems(c: Config) -> list[Problem]:
     if o.overlong.enabled and o.advantage == "w_reinforce":
         why = "w_reinforce knows right and wrong only, no graded reward"
         problems.append(("objective.overlong.enabled", True, why, "Choose another objective.advantage."))
+    if o.advantage == "w_reinforce" and (c.task.reward.format_bonus or c.task.reward.length_penalty):
+        why = "w_reinforce knows right and wrong only, nothing that task.reward adds"
+        problems.append(("objective.advantage", o.advantage, why, "Choose another, or set what is added to 0."))
     if c.modulation.enabled and c.modulation.entropy_change == "sequence_mean" and o.ratio == "sequence":
         why = "the released estimate is defined for ratios of tokens"
         problems.append(("modulation.entropy_change", "sequence_mean", why, "Set modulation.entropy_change=exact."))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -145,7 +145,13 @@ class Sampler:
         self.program: Callable[..., Rollouts] = jax.jit(program, out_shardings=rows)
 
     def sample(self, params: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, key: jax.Array) -> Rollouts:
-        """Any number of rollouts, as host arrays. `prompt_of_B`, nondecreasing, has the slot in `prompts` of each.
+        """`pieces` in one."""
+        return join(list(self.pieces(params, prompts, prompt_of_B, key)))
+
+    def pieces(self, params: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, key: jax.Array) -> Iterator[Rollouts]:
+        """Any number of rollouts, as host arrays, each piece as soon as it is done, while the device makes the next.
+
+        `prompt_of_B`, nondecreasing, has the slot in `prompts` of each.
 
         A piece ends when it has `config.batch` rollouts or `config.window` prompts; what is missing to a full piece is
         filled with copies of its last rollout, whose results are dropped.
@@ -168,8 +174,14 @@ class Sampler:
             out = self.program(params, *inputs, jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(key)))
             pieces.append((out, len(rows_b)))
             start += len(rows_b)
-        host = [jax.tree.map(lambda x, n=n: x[:n], to_host(out)) for out, n in pieces]
-        return jax.tree.map(lambda *xs: np.concatenate(xs), *host)
+        for out, n in pieces:
+            yield jax.tree.map(lambda x, n=n: x[:n], to_host(out))
+
+
+def join(pieces: list[Rollouts]) -> Rollouts:
+    """Rollouts of several pieces, or rounds, as one. Host arrays."""
+    joined: Rollouts = jax.tree.map(lambda *xs: np.concatenate(xs), *pieces)
+    return joined
 
 
 def _fill(x: np.ndarray, size: int) -> np.ndarray:

@@ -214,16 +214,27 @@ class Shaped:
     def counts(self) -> Mapping[str, int]:
         return self.base.counts
 
+    def added(self, output: str) -> float:
+        """What the response gets beside the verdict."""
+        penalty = self.penalty * length_penalty(output, self.length_free, self.length_limit)
+        return self.format_bonus * format_reward(output) + penalty
+
     def grade_batch(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        return [
-            float(reward)
-            + self.format_bonus * format_reward(output)
-            + self.penalty * length_penalty(output, self.length_free, self.length_limit)
-            for reward, (output, _) in zip(self.base.grade_batch(pairs), pairs, strict=True)
-        ]
+        rewards = self.base.grade_batch(pairs)
+        return [float(reward) + self.added(output) for reward, (output, _) in zip(rewards, pairs, strict=True)]
 
     def close(self) -> None:
         self.base.close()
+
+
+def added_reward(grader: Grader, output: str) -> float:
+    """What `grader` adds to the verdict on a response: 0 unless it is `Shaped`."""
+    return grader.added(output) if isinstance(grader, Shaped) else 0.0
+
+
+def verdict_of(grader: Grader) -> Grader:
+    """The grader that says right or wrong, without what is added for form and length."""
+    return grader.base if isinstance(grader, Shaped) else grader
 
 
 class Grading:
