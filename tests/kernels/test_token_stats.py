@@ -217,6 +217,35 @@ def test_work_follows_the_mask():
             assert len(visited) == 3 * tiles  # three blocks of the vocabulary
 
 
+def test_backward_work_follows_the_gradient():
+    """Tokens that get no gradient back are skipped; a nan is no zero. Whatever is skipped, the gradients are right."""
+    hidden, head, targets, g_logp, g_entropy = inputs(64, 151, jnp.float32)
+    used = np.random.default_rng(3).permutation(64) < 17
+    g_logp, g_entropy = g_logp * used, g_entropy * (used & (np.arange(64) % 2 == 0))
+    mask = jnp.arange(64) < 60
+    visited = []
+
+    def count(hidden_tD, *rest):
+        jax.debug.callback(lambda: visited.append(1))
+        return logits(hidden_tD, *rest)
+
+    def run(g_logp, g_entropy, mask):
+        f = lambda *arrays: token_stats(*arrays, targets, mask=mask, impl="chunked", blocks=(8, 64))[:2]  # noqa: E731
+        return jax.vjp(f, hidden, head)[1]((g_logp, g_entropy))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "logits", count)
+        d_hidden, d_head = jax.jit(run)(g_logp, g_entropy, mask)
+        jax.effects_barrier()
+    live = int((used & np.asarray(mask)).sum())
+    assert len(visited) == 3 * (-(-60 // 8) + -(-live // 8))  # three blocks of the vocabulary, forward and backward
+    g_logp, g_entropy = g_logp * mask, g_entropy * mask
+    expected = in_float64(hidden, head, targets, g_logp, g_entropy, 1.0)[3:]
+    for ours, theirs in zip((d_hidden, d_head), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6 * np.abs(theirs).max())
+    assert np.isnan(jax.jit(run)(g_logp * np.nan, g_entropy, mask)[1]).any()
+
+
 def test_lowers_for_gpus_without_one():
     hidden, head, targets, *_ = inputs(64, 151, jnp.bfloat16)
     f = jax.jit(lambda *args: token_stats(*args, impl="pallas").logp)

@@ -47,7 +47,7 @@ def token_stats(
             the kernel for the platform) or `auto` (`pallas` for bfloat16 on TPUs, else `chunked`). `pallas_tpu` and
             `pallas_gpu` name a kernel; off its platform it is interpreted, slowly.
         mask: bool or number [T], the tokens that count (not 0). Others get zeros and give no gradient; whole tiles of
-            them cost nothing. None: all count.
+            them cost nothing. Nor do, in the backward pass, tokens that get no gradient back. None: all count.
         mesh: run on this mesh, tokens split over `token_axes` and the vocabulary over `vocab_axis` (None: not split);
             each device needs an equal share. Without it XLA places the arrays, which suits one device.
         blocks: (tokens, vocabulary) of the logits that exist at a time; None: the platform's best.

@@ -82,8 +82,11 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[TokenStats, tuple[Inputs, Soft
 
 def _backward(plan: Plan, residuals: tuple[Inputs, Softmax], grads: TokenStats) -> tuple[Inputs]:
     def local(inputs: Inputs, per_token: Any) -> tuple[jax.Array, jax.Array]:
-        rows = _wanted_first(plan, inputs)
         softmax, g_logp, g_entropy = per_token
+        if inputs.mask is not None:
+            # A token without advantage, or one that the clip decides, gets back exactly 0 and gives exactly 0.
+            inputs = inputs._replace(mask=inputs.mask & ((g_logp != 0) | (g_entropy != 0)))
+        rows = _wanted_first(plan, inputs)
         if rows.live is not None:
             is_live = jnp.arange(rows.targets.shape[0]) < rows.live
             softmax, g_logp, g_entropy = jax.tree.map(lambda x: x[rows.order], per_token)
