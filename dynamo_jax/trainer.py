@@ -118,6 +118,7 @@ class Trainer:
             max_prompt_tokens=c.task.max_prompt_tokens,
             pad_id=task.tokenizer.pad_id,
         )
+        self.grading = Grading(verdict_of(task.verifier))
         self._stop_signal = 0
         self._seconds: dict[str, float] = {}
 
@@ -214,7 +215,6 @@ class Trainer:
         c, writer = self.config, jax.process_index() == 0
         with ExitStack() as stack:
             stack.enter_context(self._signals())
-            self.grading = Grading(verdict_of(self.task.verifier))
             stack.callback(self.grading.close)
             self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
             done = self.checkpoints.latest()
