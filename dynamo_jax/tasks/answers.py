@@ -75,7 +75,8 @@ def check_gold(gold: str) -> str | None:
 def readable(gold: str, algebra: Algebra | None = None) -> bool:
     """Can an answer in another spelling equal `gold`? Without `algebra`, False also where only a parser can tell.
 
-    Words, choices and the values that the exact path reads can; everything else the algebra must be able to read.
+    Words, choices and the values that the exact path reads can; everything else the algebra must be able to read. What
+    its parser raises comes through: the worker around it answers with the error, which is no value either.
     """
     text = _gold_text(gold)
     if as_words(text) is not None or choice(text) is not None or text in _EMPTY:
@@ -105,12 +106,7 @@ def _readable(text: str, algebra: Algebra | None, depth: int) -> bool:
         return True
     if text.lstrip("+- ") == "\\infty" or as_words(text) is not None:
         return True
-    if algebra is None:
-        return False
-    try:
-        return algebra.has_value(text)
-    except Exception:  # whatever the parser raises
-        return False
+    return algebra is not None and algebra.has_value(text)
 
 
 def compare(gold: str, answer: str, algebra: Algebra | None = None) -> bool | None:
