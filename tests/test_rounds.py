@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_trainer import run, timeless
+from test_trainer import Coin, run, timeless
 
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts
 from dynamo_jax.config import Config, load_config
@@ -167,3 +167,14 @@ def test_data_position_counts_refills(tmp_path: Path) -> None:
     drawn = sum(line["rollout/rounds"] for line in whole.metrics[1:])
     assert whole.metrics[-1]["data/epoch"] == drawn * 8 / 16
     assert dataclasses.asdict(whole.trainer.config)["rollout"]["dynamic_sampling"]["enabled"]
+
+
+@pytest.mark.parametrize("verdict", [True, False])
+def test_a_step_in_which_no_group_teaches_changes_no_number_to_nan(verdict, tmp_path, monkeypatch):
+    """All right or all wrong: after the last refill every row of the batch is empty."""
+    monkeypatch.setattr(Coin, "grade_batch", lambda self, pairs: [verdict] * len(pairs))
+    none = run(tmp_path / "run", DYNAMIC, "rollout.dynamic_sampling.max_refills=1", "trainer.steps=2")
+    for line in none.metrics[1:]:
+        assert line["rollout/empty_rows"] == 32
+        assert all(value is not None for value in line.values())
+        assert line["objective/grad_norm"] == line["objective/skipped_updates"] == 0
