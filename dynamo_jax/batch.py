@@ -64,7 +64,6 @@ class Pool(NamedTuple):
     prompts: PromptBatch
     prompt_of_R: np.ndarray  # int32, slot in `prompts`
     rollouts: Rollouts
-    texts: tuple[str, ...]
     right_R: np.ndarray  # bool, the verdict: what allocation and group statistics of right and wrong go by
     reward_R: np.ndarray  # float32: the verdict, or a graded reward
 

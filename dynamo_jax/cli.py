@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    from dynamo_jax.trainer import Interrupted, train
+    from dynamo_jax.stopping import Interrupted
+    from dynamo_jax.trainer import train
 
     try:
-        train(config)
+        train(config, arguments.profile_steps)
     except Interrupted as stop:
         sys.stderr.write(f"dynamo-jax: {stop}\n")
         return 128 + stop.signal
@@ -96,7 +97,7 @@ def _take_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     rest: list[str] = []
     overrides: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
-        is_value = before in ("--checkpoint", "--json", "--out", "--samples")
+        is_value = before in ("--checkpoint", "--json", "--out", "--samples", "--profile-steps")
         (overrides if _OVERRIDE.match(word) and not is_value else rest).append(word)
     return rest, overrides
 
@@ -113,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    with_config("train", _train, "Train; goes on by itself if the run folder has a checkpoint.")
+    command = with_config("train", _train, "Train; goes on by itself if the run folder has a checkpoint.")
+    text = "trace the steps FIRST to LAST (or one step) into profile/ in the run's folder"
+    command.add_argument("--profile-steps", type=_steps, metavar="FIRST:LAST", help=text)
 
     command = with_config("eval", _eval, "Pass@1 and Pass@k with 95% intervals.")
     command.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoints")
@@ -149,3 +152,11 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def _steps(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, two steps from 1 on, nor one step")
+    return first, last

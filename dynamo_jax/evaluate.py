@@ -11,6 +11,7 @@ import numpy as np
 
 from dynamo_jax.batch import Rollouts
 from dynamo_jax.rollout.sampler import Sampler
+from dynamo_jax.sharding import own_share, total
 from dynamo_jax.tasks.extract import extract
 from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
 from dynamo_jax.tasks.rewards import Grader, verdict_of
@@ -77,17 +78,22 @@ def evaluate(
     batch = pad_prompts(prompts.prompts, max_prompt_tokens, tokenizer.pad_id)
     prompt_of_B = np.repeat(np.arange(len(prompts)), samples)
     rollouts = sampler.sample(params, batch, prompt_of_B, key)
-    texts = decode_rollouts(rollouts, tokenizer)
-    pairs = list(zip(texts, (batch.answers[p] for p in prompt_of_B), strict=True))
+    share = own_share(len(prompt_of_B))  # every process decodes and grades its own
+    texts = decode_rollouts(jax.tree.map(lambda x: x[share], rollouts), tokenizer)
+    pairs = list(zip(texts, (batch.answers[p] for p in prompt_of_B[share]), strict=True))
+    judged_2B = np.zeros((2, len(prompt_of_B)), np.int32)
+    judged_2B[0, share] = right(verifier, pairs)
+    judged_2B[1, share] = [extract(text) is None for text in texts]
+    correct_B, no_answer_B = total(judged_2B).astype(bool)
     shape = (len(prompts), samples)
     return Evaluation(
         name=prompts.name,
         ids=batch.ids,
         samples=samples,
-        correct=right(verifier, pairs).reshape(shape),
+        correct=correct_B.reshape(shape),
         length=np.asarray(rollouts.length_B).reshape(shape),
         truncated=~np.asarray(rollouts.ended_B).reshape(shape),
-        no_answer=np.array([extract(text) is None for text in texts]).reshape(shape),
+        no_answer=no_answer_B.reshape(shape),
     )
 
 

@@ -16,13 +16,16 @@ import json
 from collections.abc import Sequence
 from itertools import chain
 
+import jax
 import numpy as np
 
 from dynamo_jax.allocation.reinforce_ada import balanced_choice, satisfied
 from dynamo_jax.batch import Pool, PromptBatch
 from dynamo_jax.config import Config
+from dynamo_jax.evaluate import decode_rollouts
 from dynamo_jax.objective import overlong_penalty
 from dynamo_jax.rollout.sampler import join
+from dynamo_jax.tasks.tokenizer import Tokenizer
 
 EMPTY = -1  # a row of the training batch without a rollout
 
@@ -64,7 +67,6 @@ def merged(rounds: Sequence[Pool]) -> Pool:
         PromptBatch(index, tokens, lengths, *(tuple(chain(*names)) for names in (ids, texts, answers))),
         np.concatenate([one.prompt_of_R + first[id(one.prompts)] for one in rounds]),
         join([one.rollouts for one in rounds]),
-        tuple(chain(*(one.texts for one in rounds))),
         np.concatenate([one.right_R for one in rounds]),
         np.concatenate([one.reward_R for one in rounds]),
     )
@@ -130,17 +132,20 @@ def round_metrics(config: Config, rounds: Sequence[Pool], pool: Pool, rows_B: np
     }
 
 
-def sample_lines(step: int, pool: Pool, count: int) -> str:
+def sample_lines(step: int, pool: Pool, count: int, tokenizer: Tokenizer) -> str:
     """JSON lines of `count` rollouts of the step, evenly spaced, each with its prompt and reward."""
+    R = len(pool.reward_R)
+    chosen = np.linspace(0, R - 1, min(count, R)).astype(int)
+    texts = decode_rollouts(jax.tree.map(lambda x: x[chosen], pool.rollouts), tokenizer)
     lines = []
-    for r in np.linspace(0, len(pool.texts) - 1, min(count, len(pool.texts))).astype(int):
+    for r, text in zip(chosen, texts, strict=True):
         p = int(pool.prompt_of_R[r])
         row = {
             "step": step,
             "rollout": int(r),
             "prompt_id": pool.prompts.ids[p],
             "prompt": pool.prompts.texts[p],
-            "text": pool.texts[r],
+            "text": text,
             "answer": pool.prompts.answers[p],
             "right": bool(pool.right_R[r]),
             "reward": float(pool.reward_R[r]),

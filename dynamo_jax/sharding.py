@@ -12,7 +12,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dynamo_jax.cluster import HEARTBEAT_SECONDS, SHUTDOWN_SECONDS, Cluster, cluster_of, tpu_is_here
 from dynamo_jax.config import MeshConfig
+from dynamo_jax.progress import PROGRESS
 
 log = logging.getLogger("dynamo_jax")
 
@@ -40,19 +42,19 @@ def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
 def start_devices(device: str, mesh: MeshConfig) -> None:
     """Choose the platform and join the other processes, before anything else touches a device.
 
-    On CPU, a mesh of several devices gets as many virtual ones. Several processes start when the environment names a
-    coordinator (`JAX_COORDINATOR_ADDRESS`, with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`).
+    On CPU, a mesh of several devices gets as many virtual ones, shared equally by the processes. The processes are
+    those that the environment tells of (`cluster_of`), or on a TPU slice its metadata.
 
-    Raises `ValueError` where the machine has no device of the asked kind.
+    Raises `ValueError` where the environment makes no sense or the machine has no device of the asked kind.
     """
     os.environ.setdefault("PJRT_NPROC", CPU_THREADS)
     if device != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
-    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        processes, process = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
-        jax.distributed.initialize(num_processes=processes, process_id=process)
-    elif "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", mesh.size)  # no effect on other platforms
+    cluster = cluster_of(os.environ)
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", _cpu_devices(mesh, cluster))  # no effect on other platforms
+    if not jax.distributed.is_initialized():
+        _join(device, cluster)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # without its CUDA plugin jax fails an assertion of its own
@@ -63,8 +65,31 @@ def start_devices(device: str, mesh: MeshConfig) -> None:
         ) from None
 
 
+def _cpu_devices(mesh: MeshConfig, cluster: Cluster | None) -> int:
+    """Virtual devices of one process: the mesh's, shared equally, and one if there are more processes than devices."""
+    return max(1, mesh.size // cluster.processes) if cluster else mesh.size
+
+
+def _join(device: str, cluster: Cluster | None) -> None:
+    timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
+    if cluster is not None:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.processes,
+            cluster.index,
+            local_device_ids=cluster.local_devices,
+            cluster_detection_method="deactivate",  # jax's own reading of SLURM shows each process one device only
+            **timeouts,
+        )
+    elif device in ("auto", "tpu") and tpu_is_here(os.environ):
+        jax.distributed.initialize(**timeouts)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor. Raises `ValueError` if there are fewer devices than it needs."""
+    """A mesh with axes data, fsdp, tensor.
+
+    Raises `ValueError` if there are fewer devices than it needs, or a process would have none of its devices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < config.size:
         raise ValueError(
@@ -74,6 +99,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     if len(devices) > config.size:
         log.warning("The mesh uses %d of %d devices; the others stay idle.", config.size, len(devices))
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[: config.size]}
+    if idle:
+        raise ValueError(
+            f"mesh = data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} takes {config.size} of the "
+            f"{len(devices)} devices and leaves process {min(idle)} with none. Set a mesh of {len(devices)} devices, or "
+            "start fewer processes."
+        )
     grid = np.asarray(devices[: config.size]).reshape(config.data, config.fsdp, config.tensor)
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
@@ -94,9 +126,26 @@ def to_host(tree: Any) -> Any:
     """Global arrays as numpy arrays, whole on every process, in one transfer."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    with PROGRESS.meeting():
+        return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def agreed(flag: int) -> int:
     """The largest `flag` of all processes: what one was told, all know. Every process must call it."""
-    return flag if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(flag))))
+    return flag if jax.process_count() == 1 else int(_gathered(np.int32(flag)).max())
+
+
+def total(x: np.ndarray) -> np.ndarray:
+    """The sum of all processes' arrays `x`, of equal shapes, on each. Every process must call it."""
+    return x if jax.process_count() == 1 else _gathered(x).sum(axis=0, dtype=x.dtype)
+
+
+def _gathered(x: Any) -> np.ndarray:
+    with PROGRESS.meeting():
+        return np.asarray(multihost_utils.process_allgather(x))
+
+
+def own_share(size: int) -> slice:
+    """This process's part of `size` rows: those that its devices hold, where the mesh splits rows in process order."""
+    index, count = jax.process_index(), jax.process_count()
+    return slice(index * size // count, (index + 1) * size // count)

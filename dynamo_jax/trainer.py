@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
-import threading
+import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,12 +20,16 @@ from dynamo_jax.allocation.programs import AllocationState
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
 from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import Config, resolved
-from dynamo_jax.evaluate import decode_rollouts, evaluate
+from dynamo_jax.evaluate import evaluate
+from dynamo_jax.judge import Judge
 from dynamo_jax.metrics import MetricsLog, ProgressBar, setup_logging
 from dynamo_jax.objective import group_advantage, group_weight
+from dynamo_jax.peers import end_process, watched
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf
 from dynamo_jax.policy.model import abstract_policy, init_policy, param_shardings
+from dynamo_jax.profiling import Profile
+from dynamo_jax.progress import PROGRESS
 from dynamo_jax.report import write_report
 from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import join
@@ -46,13 +48,16 @@ from dynamo_jax.rounds import (
     unsatisfied,
 )
 from dynamo_jax.run_folder import RunFolder, write_atomic
-from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh
+from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh, total
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
+from dynamo_jax.stopping import Interrupted, Stopping
 from dynamo_jax.tasks.prompts import PromptIterator
-from dynamo_jax.tasks.rewards import Grading, added_reward, verdict_of
+from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
 from dynamo_jax.update import Programs, TrainState
 from dynamo_jax.warmup import warm_up
+from dynamo_jax.watchdog import Watchdog
+from dynamo_jax.xla_cache import XlaCache
 
 log = logging.getLogger("dynamo_jax")
 
@@ -60,33 +65,39 @@ log = logging.getLogger("dynamo_jax")
 SAMPLE, EVALUATE, PERMUTE, INIT, CHOOSE, SELECT, REFILL = range(7)  # round r > 0 samples with REFILL + r
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop. What could be saved is saved."""
-
-    def __init__(self, number: int, saved: str) -> None:
-        self.signal = number
-        super().__init__(f"stopped by {signal.Signals(number).name}; {saved}")
-
-
-def train(config: Config) -> None:
+def train(config: Config, profile: tuple[int, int] | None = None) -> None:
     """Train from the start, or from the run folder's newest checkpoint, to `trainer.steps`, and write the report.
+
+    `profile` (first, last): steps whose trace for XProf or TensorBoard is written to `profile/` in the run's folder.
 
     Raises `ValueError` for whatever a user can mend, `Interrupted` after SIGTERM or SIGINT.
     """
     start_devices(config.device, config.mesh)
     setup_logging(jax.process_index())
-    mesh = make_mesh(config.mesh)
-    task = build_task(config)
-    with ExitStack() as stack:
+    writer = jax.process_index() == 0  # only this process writes
+    with watched(same=(Interrupted,)), ExitStack() as stack:
+        mesh = make_mesh(config.mesh)
+        task = build_task(config)
         stack.callback(task.verifier.close)
         trainer = Trainer(config, task, mesh)
-        if jax.process_index() == 0:  # only this process writes
+        if writer:
             folder = stack.enter_context(RunFolder(config.run_dir))
             folder.check_or_write_config(config)
-        trainer.run()
-        if jax.process_index() == 0:
+        _check_shared(config)
+        trainer.run(profile)
+        if writer:
             write_report([folder.path], folder.path / "report.html")
             log.info("The run is complete. See %s", folder.path / "report.html")
+
+
+def _check_shared(config: Config) -> None:
+    """Wait for process 0 to open the run's folder. Raises `ValueError` where this process does not see it."""
+    agreed(0)
+    if not (Path(config.run_dir) / "config.yaml").is_file():
+        raise ValueError(
+            f"run_dir = {config.run_dir}: process {jax.process_index()} does not see the folder that process 0 opened. "
+            "Put it on a disk that all hosts share, or in a bucket."
+        )
 
 
 class Trainer:
@@ -119,8 +130,10 @@ class Trainer:
             pad_id=task.tokenizer.pad_id,
         )
         self.grading = Grading(verdict_of(task.verifier))
-        self._stop_signal = 0
+        self.stopping = Stopping()
+        self.xla_cache = XlaCache(str(self.run_dir / "xla_cache"))
         self._seconds: dict[str, float] = {}
+        self._known: set[str] = set()  # phases that were gone through once, with their compilations
 
     def step(self, step: int) -> dict[str, Any]:
         """P prompts, B rollouts, their rewards, one or more updates. Returns the step's metrics."""
@@ -163,7 +176,7 @@ class Trainer:
             **rollout_metrics(pool, self._seconds["sample"]),
             **round_metrics(c, rounds, pool, rows_B),
             **shaping_metrics(c, pool),
-            "verifier/killed": self.task.verifier.counts.get("killed", 0) - killed,
+            "verifier/killed": int(total(np.int32(self.task.verifier.counts.get("killed", 0) - killed))),
             "objective/skipped_updates": skipped,
             "rollout/logp_drift": float(max(drift)),
             "data/epoch": self.data.drawn / len(self.task.train),
@@ -172,21 +185,18 @@ class Trainer:
     def _sample_and_grade(self, prompts: PromptBatch, prompt_of_R: np.ndarray, key: jax.Array) -> Pool:
         """One round: a rollout for each entry of `prompt_of_R`, and its reward."""
         pieces: list[Rollouts] = []
-        texts: list[str] = []
-        verdicts: list[Future[Sequence[float]]] = []
+        judge = Judge(self.grading, self.task.verifier, self.task.tokenizer)
         with self._phase("sample"):
             for piece in self.sampler.pieces(self.state.params, prompts, prompt_of_R, key):
+                first = sum(len(before.length_B) for before in pieces)
+                slots_of_piece = prompt_of_R[first : first + len(piece.length_B)]
+                judge.add(piece, [prompts.answers[p] for p in slots_of_piece])  # graded while the device goes on
                 pieces.append(piece)
-                new = decode_rollouts(piece, self.task.tokenizer)
-                answers = [prompts.answers[p] for p in prompt_of_R[len(texts) : len(texts) + len(new)]]
-                verdicts.append(self.grading.submit(list(zip(new, answers, strict=True))))  # while the device goes on
-                texts += new
-        self._stop_if_asked()
+                self.stopping.check()
         with self._phase("grade"):
-            verdict_R = np.array([x for verdict in verdicts for x in verdict.result()], np.float32)
-            added_R = np.array([added_reward(self.task.verifier, text) for text in texts], np.float32)
-        self._stop_if_asked()
-        return Pool(prompts, prompt_of_R, join(pieces), tuple(texts), verdict_R > 0.5, verdict_R + added_R)
+            verdict_R, added_R = judge.result()
+        self.stopping.check()
+        return Pool(prompts, prompt_of_R, join(pieces), verdict_R > 0.5, verdict_R + added_R)
 
     def _sample_again(self, step: int, rounds: list[Pool]) -> Pool:
         """Another round, of new prompts (dynamic sampling) or of those that need more rollouts (`reinforce_ada`)."""
@@ -210,12 +220,16 @@ class Trainer:
         weight_R[rows_B[real_B]] = np.asarray(weight_B)[real_B]
         return advantage_R, weight_R
 
-    def run(self) -> None:
+    def run(self, profile: tuple[int, int] | None = None) -> None:
         """From wherever the run stands to its last step."""
         c, writer = self.config, jax.process_index() == 0
         with ExitStack() as stack:
-            stack.enter_context(self._signals())
+            stack.enter_context(self.stopping.signals())
             stack.callback(self.grading.close)
+            if c.trainer.compilation_cache:
+                stack.enter_context(self.xla_cache.enabled())
+            self.watchdog = Watchdog(c.watchdog, end=partial(end_process, status=os.EX_TEMPFAIL))
+            stack.callback(self.watchdog.close)
             self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
             done = self.checkpoints.latest()
             self.log = self._open_log(done) if writer else None
@@ -227,6 +241,7 @@ class Trainer:
                 self._resume(done)
             self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
             stack.callback(self.bar.close)
+            self.profile = stack.enter_context(Profile(self.run_dir / "profile", profile if writer else None))
             if done is None:
                 sizes = [leaf.size for leaf in jax.tree.leaves(self.state.params)]
                 self._finish(0, {"policy/parameters": sum(sizes), **self._evaluate(), **self._times()})
@@ -236,17 +251,19 @@ class Trainer:
     def _run_step(self, step: int) -> None:
         c, began, position = self.config, time.perf_counter(), self.data.state()
         try:
-            metrics = self.step(step)
+            with self.watchdog.watch("step", f"step {step}"), self.profile.of(step):
+                metrics = self.step(step)
         except Interrupted:
             self.data.restore(position)  # it stopped before the update: forgetting the prompts undoes the step
             self._save(step - 1)
             raise
         if step == c.trainer.steps or (c.eval.every and step % c.eval.every == 0):
-            metrics |= self._evaluate()
+            with self.watchdog.watch("evaluation", f"the evaluation after step {step}"):
+                metrics |= self._evaluate()
         self._finish(step, {**metrics, **self._times(), "time/step": time.perf_counter() - began})
-        if self._stop_signal_of_all():
+        if self.stopping.asked():
             self._save(step)
-            self._stop_if_asked()
+            self.stopping.check()
 
     def _start(self) -> None:
         c = self.config
@@ -257,7 +274,7 @@ class Trainer:
             heldout = [prompt.text for prompts in self.task.evals for prompt in prompts.prompts]
             log.info("Supervised warm-up: %d steps", c.warmup.steps)
             alone = dataclasses.replace(self.decoder, mesh=None)
-            host = warm_up(alone, c, heldout, key, lambda _: self._stop_if_asked())
+            host = warm_up(alone, c, heldout, key, lambda _: self.stopping.check())
             params = to_mesh(host, param_shardings(host, self.mesh))
         else:
             params = init_policy(self.decoder, key)
@@ -305,8 +322,9 @@ class Trainer:
         if better:
             self.best = score
         if better or step % c.checkpoint.every == 0 or step == c.trainer.steps:
-            with self._phase("checkpoint"):
+            with self._phase("checkpoint"), self.watchdog.watch("checkpoint", f"the checkpoint of step {step}"):
                 self._save(step, score)
+                self.xla_cache.settle()
 
     def _save(self, step: int, score: float | None = None) -> None:
         if self.log:
@@ -320,7 +338,7 @@ class Trainer:
         if count and jax.process_index() == 0:
             folder = self.run_dir / "rollouts"
             folder.mkdir(exist_ok=True)
-            write_atomic(folder / f"step_{step:06d}.jsonl", sample_lines(step, pool, count))
+            write_atomic(folder / f"step_{step:06d}.jsonl", sample_lines(step, pool, count, self.task.tokenizer))
 
     def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
         """How many of the step's updates were skipped, each with a warning that names the metric and the step."""
@@ -357,34 +375,9 @@ class Trainer:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `time/<name>`."""
+        """Adds the seconds spent inside to `time/<name>`. The first time programs are compiled, for however long."""
         began = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C ask the loop to stop where nothing is lost; a second Ctrl-C stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread only
-            return
-
-        def ask(number: int, _: Any) -> None:
-            self._stop_signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            log.warning("%s: saving before leaving", signal.Signals(number).name)
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with PROGRESS.doing(name, patient=name not in self._known):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop_signal_of_all(self) -> int:
-        return agreed(self._stop_signal)
-
-    def _stop_if_asked(self) -> None:
-        number = self._stop_signal_of_all()
-        if number:
-            raise Interrupted(number, "run the same command to go on")
+        self._known.add(name)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began

@@ -24,6 +24,7 @@ from dynamo_jax.config.tree import (
     TrainerConfig,
     VerifierConfig,
     WarmupConfig,
+    WatchdogConfig,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "TrainerConfig",
     "VerifierConfig",
     "WarmupConfig",
+    "WatchdogConfig",
     "architecture_problems",
     "differences",
     "dump_config",

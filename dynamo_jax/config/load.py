@@ -19,8 +19,8 @@ from dynamo_jax.config.tree import Config
 # Keys that change where, how fast or how verbosely a run goes, but no number that it computes. A resume may change
 # them; a change of any other key is refused (see `differences`).
 FREE_ON_RESUME = (
-    "run_dir", "device", "mesh", "trainer.steps", "trainer.micro_batch", "rollout.batch", "policy.remat",
-    "checkpoint", "logging", "verifier.workers",
+    "run_dir", "device", "mesh", "trainer.steps", "trainer.micro_batch", "trainer.compilation_cache", "rollout.batch",
+    "policy.remat", "checkpoint", "logging", "verifier.workers", "watchdog",
 )  # fmt: skip
 
 

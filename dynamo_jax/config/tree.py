@@ -296,6 +296,7 @@ class TrainerConfig:
     steps: PositiveInt = 150
     mini_batch: PositiveInt | None = None  # null: all B, one update a step
     micro_batch: PositiveInt | None = None  # null: the whole mini-batch
+    compilation_cache: bool = True  # keep compiled programs in the run's folder, for its next start
 
 
 @dataclass(frozen=True, config=_strict)
@@ -322,6 +323,15 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class WatchdogConfig:
+    """When the stacks of all threads are shown, and when a run that does not move is ended. See `watchdog.py`."""
+
+    factor: Annotated[float, Field(gt=1.0)] = 10.0  # times the median of the same thing: steps, evaluations, checkpoints
+    floor_seconds: PositiveFloat = 1.0  # nothing shorter is suspicious
+    end_seconds: PositiveFloat | None = 1800.0  # beyond that; null: never ended
+
+
+@dataclass(frozen=True, config=_strict)
 class Config:
     """The whole run. `resolved` writes it back as plain YAML types."""
 
@@ -342,6 +352,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @property
     def mini_batch(self) -> int:

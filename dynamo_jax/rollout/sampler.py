@@ -156,7 +156,18 @@ class Sampler:
         A piece ends when it has `config.batch` rollouts or `config.window` prompts; what is missing to a full piece is
         filled with copies of its last rollout, whose results are dropped.
         """
-        pieces, start = [], 0
+        started = self._started(params, prompts, prompt_of_B, key)
+        ahead = next(started, None)
+        while ahead is not None:
+            out, size = ahead
+            ahead = next(started, None)  # queued before the host waits; no more, so that a stop need not wait for all
+            yield jax.tree.map(lambda x, n=size: x[:n], to_host(out))
+
+    def _started(
+        self, params: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, key: jax.Array
+    ) -> Iterator[tuple[Rollouts, int]]:
+        """Each piece as it is given to the device, and how many of its rows count."""
+        start = 0
         while start < len(prompt_of_B):
             rows_b = prompt_of_B[start : start + self.config.batch]
             slots = np.unique(rows_b)[: self.config.window]
@@ -171,11 +182,9 @@ class Sampler:
                 np.asarray(jax.random.key_data(key)),
             )
             *inputs, key_data = to_mesh(arrays, self._inputs)
-            out = self.program(params, *inputs, jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(key)))
-            pieces.append((out, len(rows_b)))
+            key_there = jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(key))
+            yield self.program(params, *inputs, key_there), len(rows_b)
             start += len(rows_b)
-        for out, n in pieces:
-            yield jax.tree.map(lambda x, n=n: x[:n], to_host(out))
 
 
 def join(pieces: list[Rollouts]) -> Rollouts:
