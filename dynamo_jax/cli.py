@@ -6,6 +6,7 @@ Whatever a user can mend ends with one paragraph on stderr and exit status 2; `-
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -33,10 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             raise
         sys.stderr.write(f"dynamo-jax: error: {error}\n")
-        return 2
+        return _leave(2)
     except KeyboardInterrupt:  # before training takes signals over, or one too many for it
         sys.stderr.write("dynamo-jax: interrupted\n")
         return 128 + signal.SIGINT
+
+
+def _leave(status: int) -> int:
+    """The exit status of a failure; with other processes, ends at once.
+
+    On the usual way out jax would wait for those that this process has told to end.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _train(arguments: argparse.Namespace) -> int:

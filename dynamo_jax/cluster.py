@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import glob
-import os
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Cluster(NamedTuple):
     source: str  # what told so, for messages
     coordinator: str  # host:port of process 0
     processes: int
-    index: int  # of this process, from 0
+    process: int  # this one's number, from 0
     local_devices: tuple[int, ...] | None = None  # the accelerators of this machine that are ours; None: all
 
 
@@ -35,9 +35,9 @@ def cluster_of(environ: Mapping[str, str]) -> Cluster | None:
     for source in (_plain, _batch, _slurm):
         cluster = source(environ)
         if cluster is not None:
-            if not 0 <= cluster.index < cluster.processes:
+            if not 0 <= cluster.process < cluster.processes:
                 raise ValueError(
-                    f"{cluster.source}: process {cluster.index} of {cluster.processes}: the index must be in "
+                    f"{cluster.source}: process {cluster.process} of {cluster.processes}: the index must be in "
                     f"0 .. {cluster.processes - 1}. Give every process its own."
                 )
             return cluster if cluster.processes > 1 else None
@@ -46,16 +46,14 @@ def cluster_of(environ: Mapping[str, str]) -> Cluster | None:
 
 def tpu_is_here(environ: Mapping[str, str]) -> bool:
     """Whether this machine is a host of a TPU slice, so that jax can find the others."""
-    told = environ.get("TPU_WORKER_HOSTNAMES", "localhost") != "localhost"
-    return told or bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")) and _has_tpu_on_pci()
+    if environ.get("TPU_WORKER_HOSTNAMES", "localhost") != "localhost":
+        return True
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")) and _has_tpu_on_pci()
 
 
 def _has_tpu_on_pci() -> bool:
     """Files under /dev/vfio may belong to any device; Google's PCI vendor id is 0x1ae0."""
-    for path in glob.glob("/sys/bus/pci/devices/*/vendor"):
-        if Path(path).read_text().strip() == "0x1ae0":
-            return True
-    return False
+    return any(Path(path).read_text().strip() == "0x1ae0" for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
 
 
 def _plain(environ: Mapping[str, str]) -> Cluster | None:
@@ -69,21 +67,23 @@ def _plain(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _batch(environ: Mapping[str, str]) -> Cluster | None:
-    """Google Batch with one task a machine and `requireHostsFile`."""
-    if "BATCH_TASK_INDEX" not in environ or _number(environ, "BATCH_TASK_COUNT") == 1:
+    """Google Batch, with one task on each of several machines."""
+    if "BATCH_TASK_INDEX" not in environ:
+        return None
+    if environ.get("BATCH_NODE_COUNT") and environ.get("BATCH_MAIN_NODE_HOSTNAME"):
+        count, process = (_number(environ, f"BATCH_NODE_{name}") for name in ("COUNT", "INDEX"))
+        return Cluster("BATCH_NODE_INDEX", f"{environ['BATCH_MAIN_NODE_HOSTNAME']}:{PORT}", count, process)
+    if environ.get("BATCH_TASK_COUNT", "1") == "1":
         return None
     file = environ.get("BATCH_HOSTS_FILE")
-    try:
-        hosts = Path(file or "").read_text().split()
-    except OSError:
-        hosts = []
+    hosts = Path(file).read_text().split() if file and Path(file).is_file() else []
     if not hosts:
         raise ValueError(
             f"BATCH_TASK_COUNT = {environ['BATCH_TASK_COUNT']}, but BATCH_HOSTS_FILE = {file} names no hosts. Set "
             "taskCountPerNode: 1 and requireHostsFile: true in the job, and mount that file in the container."
         )
-    count, index = (_number(environ, f"BATCH_TASK_{name}") for name in ("COUNT", "INDEX"))
-    return Cluster("BATCH_TASK_INDEX", f"{hosts[0]}:{PORT}", count, index)
+    count, process = (_number(environ, f"BATCH_TASK_{name}") for name in ("COUNT", "INDEX"))
+    return Cluster("BATCH_TASK_INDEX", f"{hosts[0]}:{PORT}", count, process)
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:
@@ -122,8 +122,6 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(text)
 
 
-def host_name(environ: Mapping[str, str] = os.environ) -> str:
+def host_name(environ: Mapping[str, str]) -> str:
     """What this machine is called in messages."""
-    import socket
-
     return environ.get("DYNAMO_JAX_HOST_NAME") or socket.gethostname()

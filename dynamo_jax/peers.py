@@ -4,8 +4,8 @@ Without it the others would wait in their next collective operation: for jax's h
 the process lives but does not move, for ever. Every process keeps one connection to process 0 and says each second how
 far it is (`progress.py`). A process is lost when its connection closes without a goodbye, when it is silent for
 `SILENCE_SECONDS` (a machine that vanished, a frozen process), or when it neither moves nor says that it works for
-`HANG_SECONDS` while others wait for it. Process 0 then tells all, and everyone ends with exit status 75: the same command
-goes on from the newest checkpoint.
+`HANG_SECONDS` while others wait for it. Process 0 then tells all, and everyone ends with exit status 75: the same
+command goes on from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import secrets
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,18 +69,25 @@ class Link:
 
 
 class Peers:
-    """Watches over the processes of a run; see the module. Every process makes one, at the same time.
+    """Watches over the `count` processes of a run; see the module. Each makes one, at the same time.
 
-    `ended(reason, status)` is called, once and from a thread, when a process is lost or called `fail`. Raises
-    `ValueError` if process 0 cannot be reached.
+    `from_process_0(message)` gives what process 0 called it with, on every process. `ended(reason, status)` is called,
+    once and from a thread, when a process is lost or called `fail`. Raises `ValueError` if process 0 cannot be reached.
     """
 
-    def __init__(self, ended: Ended = end_process, progress: Progress = PROGRESS) -> None:
-        self._ended, self._progress = ended, progress
-        self._index, self._count = jax.process_index(), jax.process_count()
+    def __init__(
+        self,
+        index: int,
+        count: int,
+        from_process_0: Callable[[dict[str, Any]], dict[str, Any]],
+        ended: Ended,
+        progress: Progress,
+        host: str,
+    ) -> None:
+        self._index, self._count, self._ended, self._progress = index, count, ended, progress
         self._closed = threading.Event()
         self._over = threading.Lock()  # taken by whoever ends the run
-        self._hosts = {self._index: host_name()}
+        self._hosts = {self._index: host}
         self._standings: dict[int, Standing] = {}
         self._left: set[int] = set()  # processes that said goodbye
         if self._index == 0:
@@ -89,10 +95,10 @@ class Peers:
             with socket.create_server(("", port), backlog=1024) as server:
                 greeting = {"addresses": _own_addresses(), "port": server.getsockname()[1],
                             "secret": secrets.token_hex(16), "host": self._hosts[0]}  # fmt: skip
-                _from_process_0(greeting)
+                from_process_0(greeting)
                 self._links = self._accept(server, greeting["secret"])
         else:
-            greeting = _from_process_0({})
+            greeting = from_process_0({})
             self._hosts[0] = greeting["host"]
             self._links = {0: self._connect(greeting)}
         for process in self._links:
@@ -193,7 +199,7 @@ class Peers:
 
 
 def laggard(standings: dict[int, Standing]) -> int | None:
-    """The process that others have waited for, for `HANG_SECONDS` in which it did not move itself. None if all is well."""
+    """The process that others have waited for `HANG_SECONDS` for while it did not move. None if all is well."""
     for process, one in standings.items():
         if one.waiting or one.patient or one.idle < HANG_SECONDS:
             continue
@@ -202,9 +208,7 @@ def laggard(standings: dict[int, Standing]) -> int | None:
     return None
 
 
-_FIREWALL = (
-    "Let the hosts of a run reach each other on all ports, or open one and name it in DYNAMO_JAX_PEERS_PORT on all hosts."
-)
+_FIREWALL = "Let the hosts of a run reach each other on all ports, or name an open one in DYNAMO_JAX_PEERS_PORT."
 
 
 def _own_addresses() -> list[str]:
@@ -235,7 +239,9 @@ def watched(same: tuple[type[BaseException], ...]) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    peers = Peers()
+    peers = Peers(
+        jax.process_index(), jax.process_count(), _from_process_0, end_process, PROGRESS, host_name(os.environ)
+    )
     try:
         yield
     except same:

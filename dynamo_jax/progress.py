@@ -1,4 +1,4 @@
-"""How far this process has come: what the other hosts judge it by. One object a process, as there is one main thread."""
+"""How far this process has come, which the other hosts judge it by. One object a process: it has one main thread."""
 
 from __future__ import annotations
 

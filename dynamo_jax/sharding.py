@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -71,18 +74,26 @@ def _cpu_devices(mesh: MeshConfig, cluster: Cluster | None) -> int:
 
 
 def _join(device: str, cluster: Cluster | None) -> None:
-    timeouts = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "shutdown_timeout_seconds": SHUTDOWN_SECONDS}
+    initialize = partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
     if cluster is not None:
-        jax.distributed.initialize(
+        initialize(
             cluster.coordinator,
             cluster.processes,
-            cluster.index,
+            cluster.process,
             local_device_ids=cluster.local_devices,
             cluster_detection_method="deactivate",  # jax's own reading of SLURM shows each process one device only
-            **timeouts,
         )
     elif device in ("auto", "tpu") and tpu_is_here(os.environ):
-        jax.distributed.initialize(**timeouts)
+        initialize()
+    else:
+        return
+    if threading.current_thread() is threading.main_thread():
+        # jax has taken SIGTERM over and would do nothing about it until training has its own handler.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -103,8 +114,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if idle:
         raise ValueError(
             f"mesh = data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} takes {config.size} of the "
-            f"{len(devices)} devices and leaves process {min(idle)} with none. Set a mesh of {len(devices)} devices, or "
-            "start fewer processes."
+            f"{len(devices)} devices and leaves process {min(idle)} with none. Set a mesh of {len(devices)} devices, "
+            "or start fewer processes."
         )
     grid = np.asarray(devices[: config.size]).reshape(config.data, config.fsdp, config.tensor)
     return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)

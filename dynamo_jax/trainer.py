@@ -176,7 +176,7 @@ class Trainer:
             **rollout_metrics(pool, self._seconds["sample"]),
             **round_metrics(c, rounds, pool, rows_B),
             **shaping_metrics(c, pool),
-            "verifier/killed": int(total(np.int32(self.task.verifier.counts.get("killed", 0) - killed))),
+            "verifier/killed": int(total(np.array(self.task.verifier.counts.get("killed", 0) - killed))),
             "objective/skipped_updates": skipped,
             "rollout/logp_drift": float(max(drift)),
             "data/epoch": self.data.drawn / len(self.task.train),

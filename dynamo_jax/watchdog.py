@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import statistics
-import sys
 import threading
 import time
 from collections import deque
@@ -68,7 +67,7 @@ class Watchdog:
     def _set(self, watched: tuple[str, float, float] | None) -> None:
         with self._changed:
             self._watched = watched
-            # The thread looks by itself once in `floor_seconds`, which is often enough: waking it each time is not free.
+            # Not woken: the thread looks by itself several times in `floor_seconds`, and waking it each step costs.
 
     def _run(self) -> None:
         dumped: float | None = None  # when the block that was dumped began
@@ -86,7 +85,7 @@ class Watchdog:
                 dumped = began
                 log.warning("%s takes more than %.1f s, %g times the median. Stacks of all threads:",
                             what, limit, self._config.factor)  # fmt: skip
-                faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+                faulthandler.dump_traceback(2, all_threads=True)
             if self._config.end_seconds is not None and seconds > limit + self._config.end_seconds:
                 self._end(f"{what} has taken {seconds:.0f} s, and it is suspicious from {limit:.1f} s on")
                 return

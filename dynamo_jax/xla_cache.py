@@ -38,12 +38,12 @@ class XlaCache:
     @contextmanager
     def enabled(self) -> Iterator[None]:
         """Programs that are compiled inside come from the cache or go into it. One that the user has set up stays."""
-        if jax.config.jax_compilation_cache_dir is not None:
+        if jax.config.values[_OPTIONS[0]] is not None:
             yield
             return
         if not self._remote and jax.process_index() == 0:
             self._remove_torn()
-        before = {name: getattr(jax.config, name) for name in _OPTIONS}
+        before = {name: jax.config.values[name] for name in _OPTIONS}
         values = (self.path, REMOTE_SECONDS if self._remote else 0.0, -1)
         try:
             _set(dict(zip(_OPTIONS, values, strict=True)))

@@ -48,7 +48,7 @@ def pool(batch: PromptBatch, rewards: list[list[int]]) -> Pool:
     R = len(reward)
     tokens = np.stack([batch.index_P[prompt_of], np.arange(R)], 1).astype(np.int32)
     rollouts = Rollouts(tokens, np.full(R, 2, np.int32), np.ones(R, bool), np.full((R, 2), -0.5, np.float32))
-    return Pool(batch, prompt_of, rollouts, tuple(f"{a} {b}" for a, b in tokens), reward > 0.5, reward)
+    return Pool(batch, prompt_of, rollouts, reward > 0.5, reward)
 
 
 def test_merged_rounds_keep_every_rollout_with_its_prompt():
@@ -59,7 +59,7 @@ def test_merged_rounds_keep_every_rollout_with_its_prompt():
     assert together.prompt_of_R.tolist() == [0, 0, 1, 2, 3, 4, 4, 4, 1, 1]
     np.testing.assert_array_equal(together.prompts.index_P[together.prompt_of_R], together.rollouts.tokens_BC[:, 0])
     assert together.reward_R.tolist() == [1, 0, 0, 1, 1, 0, 0, 1, 1, 1]
-    assert together.texts[-1] == "1 1"
+    assert together.rollouts.tokens_BC[-1].tolist() == [1, 1]
     assert merged([rounds[0]]) is rounds[0]
     # Equal prompts of another batch are other slots: only the same batch is sampled again.
     assert len(merged([pool(first, [[1], [1], [1]]), pool(again, [[1], [1], [1]])]).prompts.ids) == 6

@@ -1,6 +1,7 @@
 """Meshes, the table of rules, and the ways of arrays between host and mesh."""
 
 import logging
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dynamo_jax.config import MeshConfig
-from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh
+from dynamo_jax.sharding import agreed, make_mesh, own_share, sharding, start_devices, to_host, to_mesh, total
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (3, 1, 1)])
@@ -108,6 +109,7 @@ def test_several_processes_take_the_largest_flag(monkeypatch):
     monkeypatch.setattr("dynamo_jax.sharding.multihost_utils.process_allgather", gather)
     assert agreed(2) == 15
     assert gathered == [2]
+    assert total(np.int32(2)) == 17
 
 
 # --- start_devices; the devices of this process are long started, so what it would do is recorded
@@ -117,7 +119,7 @@ def test_several_processes_take_the_largest_flag(monkeypatch):
 def updates(monkeypatch):
     made = {}
     monkeypatch.setattr(jax.config, "update", made.__setitem__)
-    for name in ("XLA_FLAGS", "JAX_COORDINATOR_ADDRESS"):
+    for name in ("XLA_FLAGS", "JAX_COORDINATOR_ADDRESS", "SLURM_JOB_ID", "BATCH_TASK_INDEX"):
         monkeypatch.delenv(name, raising=False)
     return made
 
@@ -145,12 +147,61 @@ def test_a_number_of_devices_set_by_the_user_stays(updates, monkeypatch):
 
 def test_several_processes_join_before_any_device_is_touched(updates, monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: calls.append(settings))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *words, **settings: calls.append((*words, settings)))
     monkeypatch.setattr(jax, "devices", lambda: calls.append("devices"))
     for name, value in (("COORDINATOR_ADDRESS", "host:1"), ("NUM_PROCESSES", "4"), ("PROCESS_ID", "3")):
         monkeypatch.setenv(f"JAX_{name}", value)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: calls.append((number, handler)))
+    start_devices("cpu", MeshConfig(2, 2, 2))
+    joined, handler, devices = calls
+    assert joined[:3] == ("host:1", 4, 3)
+    assert joined[3]["heartbeat_timeout_seconds"] <= 60  # jax's own word, in case ours is not heard
+    assert joined[3]["local_device_ids"] is None
+    assert handler == (signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # jax has taken it over: ours again
+    assert devices == "devices"
+    assert updates["jax_num_cpu_devices"] == 2  # the mesh's eight, shared by four
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "joins"), [("tpu", True, 1), ("auto", True, 1), ("tpu", False, 0), ("cpu", True, 0)]
+)
+def test_a_tpu_slice_is_joined_through_its_metadata(updates, monkeypatch, device, here, joins):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *words, **settings: calls.append((words, settings)))
+    monkeypatch.setattr(jax, "devices", list)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("dynamo_jax.sharding.tpu_is_here", lambda _: here)
+    start_devices(device, MeshConfig())
+    assert len(calls) == joins
+    assert all(words == () and "coordinator_address" not in settings for words, settings in calls)
+
+
+def test_processes_that_are_joined_stay_so(updates, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined twice"))
     start_devices("auto", MeshConfig())
-    assert calls == [{"num_processes": 4, "process_id": 3}, "devices"]
+
+
+def test_no_process_may_be_without_a_device(monkeypatch):
+    class Device:
+        def __init__(self, process_index):
+            self.process_index, self.device_kind = process_index, "cpu"
+
+    with pytest.raises(ValueError, match=r"takes 2 of the 4 devices and leaves process 1 with none.*Set a mesh of 4"):
+        make_mesh(MeshConfig(2, 1, 1), [Device(0), Device(0), Device(1), Device(1)])
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 7), (2, 8), (3, 8), (4, 2)])
+def test_shares_are_all_rows_once_and_in_order(monkeypatch, count, size):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    rows = []
+    for index in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        rows += range(size)[own_share(size)]
+    assert rows == list(range(size))
 
 
 @pytest.mark.parametrize(
