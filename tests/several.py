@@ -1,0 +1,48 @@
+"""One process of the several that `test_processes.py` starts: `train`, with a verifier that has something to teach.
+
+Every process writes what it knows after each step, so that the test can compare: only process 0 writes the metrics.
+Steps may be slowed down (`PAUSE`), and one process may be made to hang (`HANG_AT`, a step), by the environment.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_trainer import Coin
+
+from dynamo_jax import cli
+from dynamo_jax import trainer as loop
+from dynamo_jax.sharding import to_host
+from dynamo_jax.tasks.task import build_task
+
+
+class Witness(loop.Trainer):
+    def step(self, step: int) -> dict[str, Any]:
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+        if step == int(os.environ.get("HANG_AT", "0")) and jax.process_index() == 1:
+            time.sleep(3600)
+        metrics = super().step(step)
+        stats = jax.tree.map(lambda x: np.asarray(x).tolist(), to_host(self.stats))
+        told = {k: v for k, v in metrics.items() if "per_second" not in k}
+        with open(self.run_dir.with_suffix(f".knows{jax.process_index()}"), "a") as file:
+            file.write(json.dumps({"step": step, "metrics": told, "stats": jax.tree.leaves(stats)}) + "\n")
+        return metrics
+
+
+def main() -> None:
+    loop.Trainer = Witness  # type: ignore[misc]
+    loop.build_task = lambda config: dataclasses.replace(build_task(config), verifier=Coin())
+    sys.exit(cli.main(["train", *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    main()
