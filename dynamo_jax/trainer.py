@@ -217,14 +217,12 @@ class Trainer:
             stack.enter_context(self._signals())
             stack.callback(self.grading.close)
             self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
-            done = self.checkpoints.latest()
+            done = self._resume()
             self.log = self._open_log(done) if writer else None
             if self.log:
                 stack.callback(self.log.close)
             if done is None:
                 self._start()
-            else:
-                self._resume(done)
             self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
             stack.callback(self.bar.close)
             if done is None:
@@ -263,12 +261,17 @@ class Trainer:
             params = init_policy(self.decoder, key)
         self.state, self.stats = self.programs.init(params), self.allocation.init()
 
-    def _resume(self, done: int) -> None:
+    def _resume(self) -> int | None:
+        """Take over the newest checkpoint. Returns its step, None if there is none."""
         target = {"train": self.programs.abstract_state, "stats": self.allocation.abstract_stats}
-        saved, host = self.checkpoints.restore(done, target)
+        found = self.checkpoints.restore_newest(target)
+        if found is None:
+            return None
+        done, saved, host = found
         self.state, self.stats, self.best = saved["train"], saved["stats"], host["best"]
         self.data.restore(host["data"])
         log.info("Resuming after step %d", done)
+        return done
 
     def _evaluate(self) -> dict[str, float]:
         e = self.config.eval
