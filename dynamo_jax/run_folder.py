@@ -5,6 +5,7 @@ This module imports no jax: a full disk, a foreign folder or a changed config is
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from dynamo_jax.config import Config, ConfigError, differences, dump_config, resolved
+from dynamo_jax.storage import StorageError
 
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = ".lock"
@@ -37,7 +39,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace `path` by `data`, wholly or not at all, durably (file and folder are synced before it returns).
 
-    Raises `ConfigError` naming the file, the system's reason and the remedy; the old file is then still there.
+    Raises `StorageError` naming the file, the system's reason and the remedy; the old file is then still there.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     try:
@@ -48,14 +50,15 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that fails in this, too, has its first reason told
+            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> ConfigError:
+def cannot_write(path: Path, error: OSError) -> StorageError:
     """The error of every failed write in a run folder: the path, the system's reason and the remedy."""
     reason = error.strerror or str(error)
-    return ConfigError(
+    return StorageError(
         f"{path}: cannot be written: {reason}. Free space or permit writing there, or set another run_dir."
     )
 
@@ -98,7 +101,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def write_atomic(self, name: str, text: str) -> None:
-        """Replace the file `name` of the folder by `text`, wholly or not at all. Raises `ConfigError`."""
+        """Replace the file `name` of the folder by `text`, wholly or not at all. Raises `StorageError`."""
         write_atomic(self.path / name, text)
 
     def check_or_write_config(self, config: Config) -> bool:

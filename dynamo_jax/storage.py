@@ -5,9 +5,10 @@ This module imports no jax.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from dynamo_jax.config import ConfigError
@@ -83,3 +84,14 @@ def _sleep(seconds: float, stop: Callable[[], None]) -> None:
         time.sleep(min(seconds, POLL_SECONDS))
         seconds -= POLL_SECONDS
     stop()
+
+
+@contextlib.contextmanager
+def failing_quietly(already: object) -> Iterator[None]:
+    """A `StorageError` is only a warning where something has failed `already`: that is what ends the run."""
+    try:
+        yield
+    except StorageError as error:
+        if already is None:
+            raise
+        log.warning("%s", error)
