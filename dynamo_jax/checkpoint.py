@@ -33,7 +33,7 @@ from dynamo_jax.checkpoint_files import (
     write_files_list,
 )
 from dynamo_jax.sharding import agreed
-from dynamo_jax.storage import StorageError
+from dynamo_jax.storage import StorageError, failing_quietly
 
 __all__ = ["CheckpointError", "CheckpointStorageError", "Checkpointer", "resolve_checkpoint"]
 
@@ -221,8 +221,9 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with failing_quietly(kind):
+            self.close()
 
     def _folder(self, step: int) -> Path:
         return self.directory / str(step)
@@ -331,7 +332,9 @@ def _as_checkpoint_error(
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        reason = " ".join(str(root).split())[:300].rstrip(".") or "no reason given"
+        reason = " ".join(str(root).split()).rstrip(".") or "no reason given"
+        if len(reason) > 300:  # tensorstore puts the system's word at the end
+            reason = f"{reason[:100]} ... {reason[-195:]}"
         if issubclass(kind, StorageError) and isinstance(root, BUGS):
             kind = CheckpointError
         raise kind(f"{folder}: {what}: {type(root).__name__}: {reason}. {remedy}") from error

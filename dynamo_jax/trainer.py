@@ -31,6 +31,7 @@ from dynamo_jax.policy.model import abstract_policy, init_policy, param_sharding
 from dynamo_jax.report import write_report
 from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import join
+from dynamo_jax.rollout_files import RolloutFiles
 from dynamo_jax.rounds import (
     EMPTY,
     merged,
@@ -45,9 +46,10 @@ from dynamo_jax.rounds import (
     unfinished,
     unsatisfied,
 )
-from dynamo_jax.run_folder import RunFolder, write_atomic
+from dynamo_jax.run_folder import RunFolder
 from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
+from dynamo_jax.storage import patiently
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, added_reward, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
@@ -95,6 +97,7 @@ class Trainer:
     state: TrainState
     stats: AllocationState
     best: float | None = None
+    _score: float | None = None  # of the step just done
 
     def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
         c = self.config = config
@@ -119,7 +122,10 @@ class Trainer:
             pad_id=task.tokenizer.pad_id,
         )
         self.grading = Grading(verdict_of(task.verifier))
+        self.patiently = partial(patiently, patience=c.checkpoint.patience, stop=self._stop_if_asked, agree=agreed)
         self._stop_signal = 0
+        self.rollout_files = RolloutFiles(self.run_dir, c.logging.rollouts_keep)
+        self._samples = ""  # the step's, to be written with its metrics
         self._seconds: dict[str, float] = {}
 
     def step(self, step: int) -> dict[str, Any]:
@@ -156,7 +162,7 @@ class Trainer:
             updates = to_host(updates)
 
         skipped = self._count_skipped(step, updates)
-        self._save_samples(step, pool)
+        self._samples = sample_lines(step, pool, c.logging.rollouts_per_step)
         return {
             **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
             **allocation_metrics(counts_P, success_P),
@@ -220,7 +226,7 @@ class Trainer:
             done = self._resume()
             self.log = self._open_log(done) if writer else None
             if self.log:
-                stack.callback(self.log.close)
+                stack.enter_context(self.log)
             if done is None:
                 self._start()
             self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
@@ -230,6 +236,7 @@ class Trainer:
                 self._finish(0, {"policy/parameters": sum(sizes), **self._evaluate(), **self._times()})
             for step in range((done or 0) + 1, c.trainer.steps + 1):
                 self._run_step(step)
+            self._save(max(done or 0, c.trainer.steps), self._score, last=True)
 
     def _run_step(self, step: int) -> None:
         c, began, position = self.config, time.perf_counter(), self.data.state()
@@ -237,13 +244,13 @@ class Trainer:
             metrics = self.step(step)
         except Interrupted:
             self.data.restore(position)  # it stopped before the update: forgetting the prompts undoes the step
-            self._save(step - 1)
+            self._save(step - 1, self._score, last=True)
             raise
         if step == c.trainer.steps or (c.eval.every and step % c.eval.every == 0):
             metrics |= self._evaluate()
         self._finish(step, {**metrics, **self._times(), "time/step": time.perf_counter() - began})
         if self._stop_signal_of_all():
-            self._save(step)
+            self._save(step, self._score, last=True)
             self._stop_if_asked()
 
     def _start(self) -> None:
@@ -298,9 +305,8 @@ class Trainer:
         c = self.config
         names = [f"eval/{prompts.name}/pass@{min(c.eval.k)}" for prompts in self.task.evals]
         scores = [metrics[name] for name in names if name in metrics]
-        score = float(np.mean(scores)) if scores else None
-        if self.log:
-            self.log.write(step, metrics)
+        score = self._score = float(np.mean(scores)) if scores else None
+        self.patiently(partial(self._write, step, metrics), f"the metrics and rollouts of step {step}")
         if step:
             speed = metrics["rollout/tokens_per_second"]
             self.bar.update(step, reward=metrics["reward/mean"], tokens_per_second=speed, score=score)
@@ -311,19 +317,23 @@ class Trainer:
             with self._phase("checkpoint"):
                 self._save(step, score)
 
-    def _save(self, step: int, score: float | None = None) -> None:
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
         if self.log:
-            self.log.sync()
-        state = {"train": self.state, "stats": self.stats}
-        self.checkpoints.save(step, state, {"data": self.data.state(), "best": self.best}, score)
+            self.rollout_files.write(step, self._samples)
+            self.log.write(step, metrics)
 
-    def _save_samples(self, step: int, pool: Pool) -> None:
-        """`rollouts/step_<step>.jsonl`: some of the step's rollouts."""
-        count = self.config.logging.rollouts_per_step
-        if count and jax.process_index() == 0:
-            folder = self.run_dir / "rollouts"
-            folder.mkdir(exist_ok=True)
-            write_atomic(folder / f"step_{step:06d}.jsonl", sample_lines(step, pool, count))
+    def _save(self, step: int, score: float | None = None, last: bool = False) -> None:
+        """Start to save, in the background; the `last` time, only return when all is safe."""
+        state = {"train": self.state, "stats": self.stats}
+        host = {"data": self.data.state(), "best": self.best}
+
+        def save() -> None:
+            self.checkpoints.save(step, state, host, score)
+            if last:
+                self.checkpoints.wait()
+
+        self.patiently(lambda: self.log.sync() if self.log else None, f"the metrics up to step {step}")
+        self.patiently(save, f"the checkpoint of step {step}")
 
     def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
         """How many of the step's updates were skipped, each with a warning that names the metric and the step."""

@@ -314,7 +314,7 @@ def test_damage_is_one_paragraph_and_reading_deletes_nothing(saved, tmp_path, ho
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["delete", "flip"])
 def test_damaged_newest_is_moved_aside_and_the_one_before_goes_on(saved, tmp_path, how, caplog, capfd):
     """Each file of the newest checkpoint in turn."""
     fallen = 0
