@@ -21,9 +21,9 @@ from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
 from dynamo_jax.checkpoint import Checkpointer
-from dynamo_jax.config import Config, resolved
+from dynamo_jax.config import Config
 from dynamo_jax.evaluate import decode_rollouts, evaluate
-from dynamo_jax.metrics import MetricsLog, ProgressBar, setup_logging
+from dynamo_jax.metrics import ProgressBar, setup_logging
 from dynamo_jax.objective import group_advantage, group_weight
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf
@@ -31,7 +31,6 @@ from dynamo_jax.policy.model import abstract_policy, init_policy, param_sharding
 from dynamo_jax.report import write_report
 from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import join
-from dynamo_jax.rollout_files import RolloutFiles
 from dynamo_jax.rounds import (
     EMPTY,
     merged,
@@ -46,10 +45,11 @@ from dynamo_jax.rounds import (
     unfinished,
     unsatisfied,
 )
-from dynamo_jax.run_folder import RunFolder
+from dynamo_jax.run_folder import RunFolder, Status
+from dynamo_jax.run_writer import RunWriter
 from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
-from dynamo_jax.storage import patiently
+from dynamo_jax.storage import TemporaryFailure, patiently
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, added_reward, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
@@ -85,6 +85,9 @@ def train(config: Config) -> None:
         if jax.process_index() == 0:  # only this process writes
             folder = stack.enter_context(RunFolder(config.run_dir))
             folder.check_or_write_config(config)
+            stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
+            trainer.folder = folder
+            trainer.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
         trainer.run()
         if jax.process_index() == 0:
             write_report([folder.path], folder.path / "report.html")
@@ -97,6 +100,9 @@ class Trainer:
     state: TrainState
     stats: AllocationState
     best: float | None = None
+    folder: RunFolder  # process 0's, as all that is written there
+    status: Status
+    writer: RunWriter | None = None
     _score: float | None = None  # of the step just done
 
     def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
@@ -124,7 +130,6 @@ class Trainer:
         self.grading = Grading(verdict_of(task.verifier))
         self.patiently = partial(patiently, patience=c.checkpoint.patience, stop=self._stop_if_asked, agree=agreed)
         self._stop_signal = 0
-        self.rollout_files = RolloutFiles(self.run_dir, c.logging.rollouts_keep)
         self._samples = ""  # the step's, to be written with its metrics
         self._seconds: dict[str, float] = {}
 
@@ -224,9 +229,8 @@ class Trainer:
             stack.callback(self.grading.close)
             self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
             done = self._resume()
-            self.log = self._open_log(done) if writer else None
-            if self.log:
-                stack.enter_context(self.log)
+            if writer:
+                self.writer = stack.enter_context(RunWriter(self.folder, self.status, c, done))
             if done is None:
                 self._start()
             self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
@@ -306,7 +310,8 @@ class Trainer:
         names = [f"eval/{prompts.name}/pass@{min(c.eval.k)}" for prompts in self.task.evals]
         scores = [metrics[name] for name in names if name in metrics]
         score = self._score = float(np.mean(scores)) if scores else None
-        self.patiently(partial(self._write, step, metrics), f"the metrics and rollouts of step {step}")
+        write = partial(self.writer.write, step, metrics, self._samples) if self.writer else _nothing
+        self.patiently(write, f"the metrics and rollouts of step {step}")
         if step:
             speed = metrics["rollout/tokens_per_second"]
             self.bar.update(step, reward=metrics["reward/mean"], tokens_per_second=speed, score=score)
@@ -316,11 +321,6 @@ class Trainer:
         if better or step % c.checkpoint.every == 0 or step == c.trainer.steps:
             with self._phase("checkpoint"):
                 self._save(step, score)
-
-    def _write(self, step: int, metrics: dict[str, Any]) -> None:
-        if self.log:
-            self.rollout_files.write(step, self._samples)
-            self.log.write(step, metrics)
 
     def _save(self, step: int, score: float | None = None, last: bool = False) -> None:
         """Start to save, in the background; the `last` time, only return when all is safe."""
@@ -332,7 +332,8 @@ class Trainer:
             if last:
                 self.checkpoints.wait()
 
-        self.patiently(lambda: self.log.sync() if self.log else None, f"the metrics up to step {step}")
+        sync = partial(self.writer.sync, step) if self.writer else _nothing
+        self.patiently(sync, f"the metrics up to step {step}")
         self.patiently(save, f"the checkpoint of step {step}")
 
     def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
@@ -344,17 +345,6 @@ class Trainer:
             for name in bad:
                 log.warning("step %d, update %d: %s is %s; the update is skipped", step, number, name, update[name])
         return skipped
-
-    def _open_log(self, done: int | None) -> MetricsLog:
-        c = self.config
-        return MetricsLog(
-            self.run_dir,
-            done,
-            tensorboard=c.logging.tensorboard,
-            wandb_project=c.logging.wandb_project,
-            config=resolved(c),
-            run_name=self.run_dir.name,
-        )
 
     def _key(self, step: int, stream: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.root, step), stream)
@@ -401,3 +391,7 @@ class Trainer:
         number = self._stop_signal_of_all()
         if number:
             raise Interrupted(number, "run the same command to go on")
+
+
+def _nothing() -> None:
+    """What a process that writes nothing does where process 0 writes."""

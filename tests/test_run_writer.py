@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_jax.rollout_files import RolloutFiles
+from dynamo_jax.run_writer import RolloutFiles
 
 
 def names(folder: Path) -> list[int]:
