@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT_EVERY = 3
 OVERRIDES = [
     "warmup.steps=40", "eval.every=5", f"checkpoint.every={CHECKPOINT_EVERY}", "logging.progress=false",
-    "logging.rollouts_per_step=64",
+    "logging.rollouts_per_step=64", "logging.rollouts_keep=null",
 ]  # fmt: skip
 POLL_SECONDS = 0.002
 MEASURED = ("time/", "rollout/tokens_per_second")  # metrics that no two runs share

@@ -3,10 +3,9 @@
     python benchmarks/long_run.py [--steps 20000] [--override checkpoint.every=50]
 
 Needs 2 CPU cores and about 20 minutes. Samples the resident memory of the process and of its children, open files,
-threads, and the disk that the run's folder takes, by kind of file, every few seconds. Prints a table over the steps and
-the growth from step 100 (or the first sample after it) to the end. `metrics.jsonl` and the TensorBoard events are the
-run's result and grow by a line a step; all else must stay. Exit status 1 if memory or the rest of the disk grows by more
-than 10% and 20 MB.
+threads, and the disk that the run's folder takes, every few seconds. Prints a table over the steps and the growth from the first tenth of the samples after step 100 to the
+last. `metrics.jsonl` and the TensorBoard events are the run's result and grow by a line a step; all else must stay. Exit
+status 1 if anything else grows by more than 10% and 20 (MB, threads or files).
 """
 
 from __future__ import annotations

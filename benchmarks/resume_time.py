@@ -43,7 +43,9 @@ def main() -> int:
         again = start_until_step([*command, f"run_dir={run}"], run)
         print(f"resumed with an empty cache: {again:.1f} s")
         began = time.monotonic()
-        subprocess.run([sys.executable, "-c", "import dynamo_jax.trainer, tensorboardX, grain, orbax"], cwd=ROOT, check=True)
+        subprocess.run(
+            [sys.executable, "-c", "import dynamo_jax.trainer, tensorboardX, grain, orbax"], cwd=ROOT, check=True
+        )
         print(f"of which importing takes {time.monotonic() - began:.1f} s")
     return 0
 

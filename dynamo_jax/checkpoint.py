@@ -1,8 +1,7 @@
 """Checkpoints of a run, written by orbax in the background, committed by one rename, checked before they are read.
 
 A checkpoint is a folder `checkpoints/<step>` with the arrays (`state`), the host's JSON data (`host`), the score
-(`metrics`) and `files.json`, sizes and checksums of these. Orbax itself notices a flipped bit only in some of its
-files, and some damages make it print tracebacks from its threads: a damaged folder is refused before orbax sees it.
+(`metrics`) and `files.json`, sizes and checksums of these (`checkpoint_files.py`).
 """
 
 from __future__ import annotations
@@ -12,41 +11,66 @@ import json
 import logging
 import math
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from dynamo_jax.checkpoint_files import (
+    UNFINISHED,
+    CheckpointError,
+    damage,
+    delete_remedy,
+    remove_unfinished,
+    resolve_checkpoint,
+    score_damage,
+    set_aside,
+    set_damaged_aside,
+    step_folders,
+    write_files_list,
+)
+from dynamo_jax.sharding import agreed
+from dynamo_jax.storage import StorageError, failing_quietly
+
+__all__ = ["CheckpointError", "CheckpointStorageError", "Checkpointer", "resolve_checkpoint"]
+
 TRASH_NAME = ".deleted"
-FILES_NAME = "files.json"
-# Larger files are compared by size only: reading the many gigabytes of a large run twice would slow its resume.
-CHECKSUM_BYTES = 256 << 20
+# Not of the storage, whatever it does: trying again would not help.
+BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read. The message names its folder, the reason and the remedy."""
+class CheckpointStorageError(CheckpointError, StorageError):
+    """A checkpoint that the storage refused. The same call may be made again."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that is damaged, or that orbax cannot read although it belongs to this model."""
 
 
 class Checkpointer:
     """The checkpoints in `directory`: the newest `keep` and the one of the highest score (the newest among equals).
 
-    What a killed run left unfinished is removed at the start. With `read_only` nothing is created, removed or saved,
-    which is what an evaluation beside a running training needs. With several processes, each makes one and makes the
-    same calls.
+    What a killed run left unfinished is removed at the start, and damaged checkpoints are moved aside, with a warning:
+    `latest` is one that is whole. With `read_only` nothing is created, moved, removed or saved, which is what an
+    evaluation beside a running training needs. With several processes, each makes one and makes the same calls.
 
-    Raises `CheckpointError` if `directory` cannot be made, or a score in it cannot be read.
+    Raises `CheckpointError` if `directory` cannot be made or, with `read_only`, a score in it cannot be read.
     """
 
     def __init__(self, directory: str | Path, keep: int, read_only: bool = False) -> None:
         self.directory = Path(directory).absolute()
         self._read_only = read_only
         self._saving: int | None = None
+        self._failed = False  # a save has, and may have left files
         _quiet_orbax()
         self._empty_trash()
-        _check_scores(self.directory)
+        if read_only:
+            _check_scores(self.directory)
+        else:
+            _by_process_0(partial(set_damaged_aside, self.directory), self.directory)
         policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             best_fn=_score_of,
@@ -68,6 +92,7 @@ class Checkpointer:
             if not read_only and jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._whole = None if read_only else self.latest()  # need not be looked through again
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending, one being saved included."""
@@ -89,11 +114,15 @@ class Checkpointer:
         arrays and change `host`. A `score` that is None or not finite does not count for the best. Returns False and
         does nothing if `step` is already saved, as when a signal asks to save a step that was just saved.
 
-        Raises `CheckpointError` if this save or the one before cannot be written, or `step` is not the newest.
+        Raises `CheckpointStorageError` if this save or the one before cannot be written: the same call, or one for a
+        later step, may follow. Raises `CheckpointError` if `step` is not the newest or `host` is not JSON.
         """
         if self._read_only:
             raise CheckpointError(f"{self.directory}: was opened to read only. Open it with read_only=False to save.")
         self.wait()
+        if self._failed:
+            _by_process_0(partial(remove_unfinished, self.directory), self.directory, CheckpointStorageError)
+            self._failed = False
         if step in self.steps():
             return False
         latest = self.latest()
@@ -139,9 +168,29 @@ class Checkpointer:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
             partial_restore=partial,
         )
-        with _as_checkpoint_error(folder, "cannot be read", _delete_remedy(folder)):
+        with _as_checkpoint_error(folder, "cannot be read", delete_remedy(folder), UnreadableError):
             restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
         return restored["state"], data["host"]
+
+    def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, host data) of the newest checkpoint that can be read, None if there is none.
+
+        One that orbax cannot read is moved aside as a damaged one is. Raises `CheckpointError` for one of another
+        model or optimizer, which says nothing about the files.
+        """
+        while (step := self.latest()) is not None:
+            failure: UnreadableError | None = None
+            try:
+                state, host = self.restore(step, abstract_state)
+            except UnreadableError as error:
+                failure = error
+            if not agreed(failure is not None):
+                return step, state, host
+            before = [known for known in self.steps() if known < step]
+            wrong = {step: str(failure) if failure else "another process cannot read it"}
+            _by_process_0(partial(set_aside, self.directory, wrong, max(before, default=None)), self.directory)
+            self._manager.reload()
+        return None
 
     def restore_host(self, step: int) -> dict[str, Any]:
         """The host data of `step` alone. Raises `CheckpointError` as `restore` does."""
@@ -149,38 +198,51 @@ class Checkpointer:
         return host
 
     def wait(self) -> None:
-        """Wait until the running save is committed. Raises `CheckpointError` if it could not be written."""
+        """Wait until the running save is committed. Raises `CheckpointStorageError` if it could not be written."""
         if self._saving is None:
             return
-        with self._writing(self._saving):
-            self._manager.wait_until_finished()
-        self._saving = None
-        self._empty_trash()
+        step, failure = self._saving, None
+        try:
+            self._finish_saving(step)
+        except CheckpointStorageError as error:
+            failure = error
+        if agreed(failure is not None):
+            self._failed = True
+            raise failure or CheckpointStorageError(f"{self._folder(step)}: another process could not write its part.")
 
     def close(self) -> None:
-        """Wait, then end orbax's threads. Raises `CheckpointError` if the running save could not be written."""
+        """Wait, then end orbax's threads. Raises `CheckpointStorageError` if the running save could not be written."""
         try:
-            self.wait()
+            if self._saving is not None:
+                self._finish_saving(self._saving)  # asks no other process: it may be gone
         finally:
             self._manager.close()
 
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with failing_quietly(kind):
+            self.close()
 
     def _folder(self, step: int) -> Path:
         return self.directory / str(step)
+
+    def _finish_saving(self, step: int) -> None:
+        with self._writing(step):
+            self._manager.wait_until_finished()
+            self._empty_trash()
+        self._saving = None
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
         remedy = "Free space or permit writing there, then run the same command: it goes on from the checkpoint before."
         try:
-            with _as_checkpoint_error(self._folder(step), "cannot be written", remedy):
+            with _as_checkpoint_error(self._folder(step), "cannot be written", remedy, CheckpointStorageError):
                 yield
         except CheckpointError:
             self._saving = None  # said once; `close` after it must not fail again
+            self._failed = True
             self._manager.reload()  # it has already forgotten the older ones that this save was to replace
             raise
 
@@ -191,10 +253,10 @@ class Checkpointer:
             raise CheckpointError(
                 f"{folder}: no such checkpoint. There are steps {self.steps() or 'none'}; choose one of these."
             )
-        wrong = _damage(folder)
+        wrong = damage(folder) if step != self._whole else None
         if wrong:
-            raise CheckpointError(f"{folder}: is damaged: {wrong}. {_delete_remedy(folder)}")
-        with _as_checkpoint_error(folder, "cannot be read", _delete_remedy(folder)):
+            raise UnreadableError(f"{folder}: is damaged: {wrong}. {delete_remedy(folder)}")
+        with _as_checkpoint_error(folder, "cannot be read", delete_remedy(folder), UnreadableError):
             data: dict[str, Any] = json.loads((folder / "host" / "metadata").read_text())
             return {"host": data["host"], "arrays": data["arrays"]}
 
@@ -202,13 +264,8 @@ class Checkpointer:
         """In orbax's thread, when every process has written its files and before the rename that commits them."""
         if jax.process_index() != 0:
             return
-        unfinished = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        folder = next(unfinished, self._folder(self._saving or 0))
-        # The files at the top of the folder are still written after this; they hold nothing that we read.
-        files = [path for part in folder.iterdir() if part.is_dir() for path in part.rglob("*") if path.is_file()]
-        (folder / FILES_NAME).write_text(
-            json.dumps({str(path.relative_to(folder)): _fingerprint(path) for path in files})
-        )
+        unfinished = self.directory.glob(f"{self._saving}{UNFINISHED}*")
+        write_files_list(next(unfinished, self._folder(self._saving or 0)))
 
     def _empty_trash(self) -> None:
         trash = self.directory / TRASH_NAME
@@ -217,42 +274,30 @@ class Checkpointer:
                 shutil.rmtree(trash)
 
 
-def resolve_checkpoint(path: str | Path) -> tuple[Path, int]:
-    """(folder of checkpoints, step) for a run folder, its `checkpoints` folder (both: the newest) or one step's folder.
-
-    Raises `CheckpointError` if there is no checkpoint at `path`.
-    """
-    path = Path(path)
-    for directory in (path / "checkpoints", path):
-        steps = _step_folders(directory)
-        if steps:
-            return directory, max(steps)
-    step_folder = path.resolve()
-    if step_folder.name.isdigit() and any((path / name).exists() for name in ("state", "host", FILES_NAME)):
-        return step_folder.parent, int(step_folder.name)
-    what = "holds no checkpoint" if path.is_dir() else "no such folder"
-    raise CheckpointError(f"{path}: {what}. Give a run folder, its checkpoints/ folder or one step's folder in that.")
-
-
-def _step_folders(directory: Path) -> list[int]:
-    """Steps with a committed folder; unfinished ones have a suffix."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir())
-
-
 def _score_of(metrics: Mapping[str, float]) -> float:
     return metrics["score"]
 
 
 def _check_scores(directory: Path) -> None:
     """Orbax reads every score when it opens the folder, and fails without naming the file."""
-    for step in _step_folders(directory):
-        folder = directory / str(step)
-        path = folder / "metrics" / "metrics"
-        with _as_checkpoint_error(folder, "cannot be read", _delete_remedy(folder)):
-            if path.exists() and not isinstance(json.loads(path.read_text())["score"], float):
-                raise TypeError("its score is not a number")
+    for step in step_folders(directory):
+        wrong = score_damage(directory / str(step))
+        if wrong:
+            folder = directory / str(step)
+            raise CheckpointError(f"{folder}: is damaged: {wrong}. {delete_remedy(folder)}")
+
+
+def _by_process_0(action: Callable[[], None], directory: Path, kind: type[CheckpointError] = CheckpointError) -> None:
+    """Do it on process 0 before any process goes on; its failure is everybody's, and of this kind."""
+    failure: CheckpointError | None = None
+    if jax.process_index() == 0:
+        try:
+            with _as_checkpoint_error(directory, "cannot be changed", "Permit writing there.", kind):
+                action()
+        except CheckpointError as error:
+            failure = error
+    if agreed(failure is not None):
+        raise failure or kind(f"{directory}: process 0 could not change it.")
 
 
 def _describe(state: Any) -> dict[str, list[Any]]:
@@ -276,45 +321,23 @@ def _mismatch(saved: Mapping[str, Any], wanted: Mapping[str, Any], partial: bool
     ]
 
 
-def _fingerprint(path: Path) -> list[int]:
-    """Size in bytes and CRC-32 (0 for a large file)."""
-    size = path.stat().st_size
-    return [size, zlib.crc32(path.read_bytes()) if size <= CHECKSUM_BYTES else 0]
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
-    path = folder / FILES_NAME
-    try:
-        files = json.loads(path.read_text())
-        for name, expected in files.items():
-            if not (folder / name).is_file():
-                return f"the file {name} is missing"
-            found = _fingerprint(folder / name)
-            if found[0] != expected[0]:
-                return f"the file {name} has {found[0]} bytes instead of {expected[0]}"
-            if found != expected:
-                return f"the content of the file {name} has changed"
-    except (OSError, ValueError, AttributeError) as error:
-        return f"the file {path.name} cannot be read ({error})"
-    return None
-
-
-def _delete_remedy(folder: Path) -> str:
-    return f"Delete the folder {folder} to go on from the checkpoint before."
-
-
 @contextlib.contextmanager
-def _as_checkpoint_error(folder: Path, what: str, remedy: str) -> Iterator[None]:
-    """Turn any failure of the block into one paragraph."""
+def _as_checkpoint_error(
+    folder: Path, what: str, remedy: str, kind: type[CheckpointError] = CheckpointError
+) -> Iterator[None]:
+    """Turn any failure of the block into one paragraph, of this kind unless it is a mistake in a program."""
     try:
         yield
     except Exception as error:  # orbax and tensorstore raise many types, among them bare `Exception`
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        reason = " ".join(str(root).split())[:300].rstrip(".") or "no reason given"
-        raise CheckpointError(f"{folder}: {what}: {type(root).__name__}: {reason}. {remedy}") from error
+        reason = " ".join(str(root).split()).rstrip(".") or "no reason given"
+        if len(reason) > 300:  # tensorstore puts the system's word at the end
+            reason = f"{reason[:100]} ... {reason[-195:]}"
+        if issubclass(kind, StorageError) and isinstance(root, BUGS):
+            kind = CheckpointError
+        raise kind(f"{folder}: {what}: {type(root).__name__}: {reason}. {remedy}") from error
 
 
 class _NotFromOrbax(logging.Filter):

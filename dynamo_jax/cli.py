@@ -22,7 +22,8 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # a file of such a name is written 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 if a plan does not fit, 2 for an error, 128 + n after signal n."""
+    """Run one command. Returns the exit status: 0, 1 if a plan does not fit, 2 for a user's error, 75 for a
+    failure that may pass (the same command goes on), 128 + n after signal n."""
     words, overrides = _take_overrides(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(words)
     try:
@@ -55,10 +56,14 @@ def _leave(status: int) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     from dynamo_jax.stopping import Interrupted
+    from dynamo_jax.storage import TemporaryFailure
     from dynamo_jax.trainer import train
 
     try:
         train(config, arguments.profile_steps)
+    except TemporaryFailure as failure:
+        sys.stderr.write(f"dynamo-jax: {failure}\n")
+        return os.EX_TEMPFAIL
     except Interrupted as stop:
         sys.stderr.write(f"dynamo-jax: {stop}\n")
         return 128 + stop.signal

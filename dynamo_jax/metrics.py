@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dynamo_jax.run_folder import cannot_write, write_atomic
+from dynamo_jax.storage import failing_quietly
 
 METRICS_NAME = "metrics.jsonl"
 LINE_SECONDS = 5.0  # at most one progress line in this time when there is no terminal
@@ -47,7 +49,9 @@ class MetricsLog:
     ) -> None:
         self.path = Path(folder) / METRICS_NAME
         self._last: int | None = None  # step of the last line
-        self._resume(resume_step)
+        self._durable = self._resume(resume_step)  # bytes that are safe, whatever the storage does
+        self._pending = bytearray()  # the lines after them
+        self._torn = False  # whether the file may hold something else than these lines
         self._nonfinite: set[str] = set()
         first_redone = 0 if resume_step is None else resume_step + 1
         self._tensorboard = _open_tensorboard(self.path.parent / "tensorboard", first_redone) if tensorboard else None
@@ -61,7 +65,8 @@ class MetricsLog:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the line of `step`: numbers, or scalar arrays of numpy or jax. Not finite ones are written as null.
 
-        Raises `ValueError` if `step` does not follow the last one, a value is no number, or the disk is full.
+        Raises `StorageError` if the file cannot be written; the same call may be made again and leaves one whole line.
+        Raises `ValueError` if `step` does not follow the last one, or a value is no number.
         """
         if step not in ((0, 1) if self._last is None else (self._last + 1,)):
             raise ValueError(
@@ -74,11 +79,9 @@ class MetricsLog:
             self._nonfinite.add(name)
         values = {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
         line = json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n"
-        try:
-            while line:  # a nearly full disk takes a part of the line, then refuses the rest
-                line = line[os.write(self._file, line) :]
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+        with self._writing():
+            self._append(line)
+        self._pending += line
         self._last = step
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -87,28 +90,58 @@ class MetricsLog:
             self._wandb.log(numbers, step=step)
 
     def sync(self) -> None:
-        """Put every line on the disk. Call before each checkpoint, which may not be newer than its metrics."""
-        try:
+        """Put every line on the disk. Call before each checkpoint, which may not be newer than its metrics.
+
+        Raises `StorageError` if that fails; the same call may be made again.
+        """
+        with self._writing():
+            self._append(b"")
             os.fsync(self._file)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+        self._durable += len(self._pending)
+        self._pending.clear()
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Sync and close everything. May be called again."""
+        """Sync and close everything. May be called again. Raises `StorageError` if the sync fails."""
         if self._file < 0:
             return
-        self.sync()
-        os.close(self._file)
-        self._file = -1
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
+            self._file = -1
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
 
-    def _resume(self, resume_step: int | None) -> None:
-        """Cut the file back to what the checkpoint has seen."""
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with failing_quietly(kind):
+            self.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._torn = True
+            raise cannot_write(self.path, error) from error
+
+    def _append(self, line: bytes) -> None:
+        if self._torn:
+            # A nearly full disk takes a part of a line and refuses the rest. And after an fsync that failed, the system
+            # may have dropped what it was to write, while the next fsync says that all is well.
+            os.ftruncate(self._file, self._durable)
+            _write_all(self._file, bytes(self._pending))
+            self._torn = False
+        _write_all(self._file, line)
+
+    def _resume(self, resume_step: int | None) -> int:
+        """Cut the file back to what the checkpoint has seen. Returns its size."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -120,6 +153,7 @@ class MetricsLog:
             end, self._last = _prefix_through(self.path, data, resume_step)
         if len(data) > end:
             write_atomic(self.path, data[:end])
+        return end
 
 
 def _prefix_through(path: Path, data: bytes, resume_step: int) -> tuple[int, int | None]:
@@ -182,15 +216,63 @@ def _number(name: str, value: Any) -> int | float:
     return number
 
 
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
 def _open_tensorboard(folder: Path, first_redone: int) -> Any:
     from tensorboardX import SummaryWriter  # slow to import, and a run may go without it
+    from tensorboardX.record_writer import register_writer_factory
 
+    register_writer_factory(_EventFiles.PREFIX, _EventFiles)
     try:
         # `purge_step` hides what a killed run wrote from that step on, which is written again.
         # The suffix keeps two runs that start in the same second in two files.
-        return SummaryWriter(str(folder), purge_step=first_redone, filename_suffix=f".{first_redone}")
+        logdir = f"{_EventFiles.PREFIX}:{folder}"
+        return SummaryWriter(logdir, purge_step=first_redone, filename_suffix=f".{first_redone}")
     except OSError as error:
         raise cannot_write(folder, error) from error
+
+
+class _EventFiles:
+    """The files of tensorboardX. The first write that fails is a warning and its last: the run does without.
+
+    Left alone, its thread dies of a full disk, and the run hangs on the queue to that thread.
+    """
+
+    PREFIX = "dynamo_jax"
+
+    @classmethod
+    def directory_check(cls, path: str) -> None:
+        os.makedirs(path.removeprefix(f"{cls.PREFIX}:"), exist_ok=True)
+
+    @classmethod
+    def open(cls, path: str) -> _EventFiles:
+        return cls(path.removeprefix(f"{cls.PREFIX}:"))
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    def write(self, data: bytes) -> None:
+        if self._file is None:
+            return
+        try:
+            _write_all(self._file, data)
+        except OSError as error:
+            logger.warning("%s. TensorBoard gets no more events until the run is started again.",
+                           cannot_write(Path(self.path), error))  # fmt: skip
+            self.close()
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # the system may tell of a failed write only now
+                os.close(self._file)
+            self._file = None
 
 
 def _open_wandb(folder: Path, project: str, config: Mapping[str, Any] | None, run_name: str | None) -> Any:

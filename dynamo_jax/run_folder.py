@@ -5,19 +5,28 @@ This module imports no jax: a full disk, a foreign folder or a changed config is
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
+import logging
 import os
 import socket
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from dynamo_jax.config import Config, ConfigError, differences, dump_config, resolved
+from dynamo_jax.storage import StorageError
 
 CONFIG_NAME = "config.yaml"
+STATUS_NAME = "status.json"
+STATUS_SECONDS = 60.0  # how often a running run refreshes it
 LOCK_NAME = ".lock"
 TEMPORARY_PREFIX = ".tmp-"  # every unfinished file starts with it, so that a killed run's leftovers are known as ours
+log = logging.getLogger("dynamo_jax")
+
 PROBE_BYTES = 1 << 20  # a run writes more than this, so less free space means that it cannot work
 
 # Locks held by this process. A forked worker inherits the descriptor and, outliving a `kill -9` of its parent, would
@@ -37,7 +46,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace `path` by `data`, wholly or not at all, durably (file and folder are synced before it returns).
 
-    Raises `ConfigError` naming the file, the system's reason and the remedy; the old file is then still there.
+    Raises `StorageError` naming the file, the system's reason and the remedy; the old file is then still there.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     try:
@@ -48,14 +57,15 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that fails in this, too, has its first reason told
+            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> ConfigError:
+def cannot_write(path: Path, error: OSError) -> StorageError:
     """The error of every failed write in a run folder: the path, the system's reason and the remedy."""
     reason = error.strerror or str(error)
-    return ConfigError(
+    return StorageError(
         f"{path}: cannot be written: {reason}. Free space or permit writing there, or set another run_dir."
     )
 
@@ -98,7 +108,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def write_atomic(self, name: str, text: str) -> None:
-        """Replace the file `name` of the folder by `text`, wholly or not at all. Raises `ConfigError`."""
+        """Replace the file `name` of the folder by `text`, wholly or not at all. Raises `StorageError`."""
         write_atomic(self.path / name, text)
 
     def check_or_write_config(self, config: Config) -> bool:
@@ -198,6 +208,64 @@ class RunFolder:
                 os.fsync(file.fileno())
         finally:
             probe.unlink(missing_ok=True)
+
+
+class Status:
+    """`status.json` of a run: what whoever watches it from outside needs to decide whether to start it again.
+
+    `{"state": ..., "step": 57, "steps": 150, "message": ..., "host": ..., "pid": ...}`, where the state is
+
+        running   since this object was entered; the step is refreshed when `update` is called
+        stopped   by one of the exceptions `stopped`, after which the same command goes on
+        failed    by any other one: somebody has to mend what the message says
+        complete  the block ended
+
+    A process that is killed leaves `running` behind. Raises `StorageError` if the file cannot be written, but not at
+    the end, where that is a warning.
+    """
+
+    def __init__(self, folder: RunFolder, steps: int, stopped: tuple[type[BaseException], ...]) -> None:
+        self.folder, self.steps, self.stopped = folder, steps, stopped
+        self._step = self._old_step()
+        self._written = 0.0
+
+    def update(self, step: int, now: bool = False) -> None:
+        """`step` is done. Written `now`, or if the file is older than `STATUS_SECONDS`."""
+        self._step = step
+        if now or time.monotonic() - self._written >= STATUS_SECONDS:
+            self._write("running", "")
+
+    def end(self, state: Literal["stopped", "failed", "complete"], message: str) -> None:
+        """The last word, where no exception passes through the block."""
+        try:
+            self._write(state, message)
+        except StorageError as error:
+            log.warning("%s", error)
+
+    def __enter__(self) -> Status:
+        self._write("running", "")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            self.end("complete", f"all {self.steps} steps are done")
+        else:
+            words = " ".join(str(error).split()) or type(error).__name__
+            self.end("stopped" if isinstance(error, self.stopped) else "failed", words)
+
+    def _old_step(self) -> int:
+        try:
+            return int(json.loads((self.folder.path / STATUS_NAME).read_text())["step"])
+        except (OSError, ValueError, LookupError, TypeError):  # none yet; it is only for show until the first update
+            return 0
+
+    def _write(self, state: str, message: str) -> None:
+        values = {
+            "state": state, "step": self._step, "steps": self.steps, "message": message,
+            "host": socket.gethostname(), "pid": os.getpid(),
+        }  # fmt: skip
+        self.folder.write_atomic(STATUS_NAME, json.dumps(values) + "\n")
+        self._written = time.monotonic()
 
 
 def _sync_folder(path: Path) -> None:

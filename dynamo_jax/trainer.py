@@ -19,10 +19,10 @@ from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
 from dynamo_jax.checkpoint import Checkpointer
-from dynamo_jax.config import Config, resolved
+from dynamo_jax.config import Config
 from dynamo_jax.evaluate import evaluate
 from dynamo_jax.judge import Judge
-from dynamo_jax.metrics import MetricsLog, ProgressBar, setup_logging
+from dynamo_jax.metrics import ProgressBar, setup_logging
 from dynamo_jax.objective import group_advantage, group_weight
 from dynamo_jax.peers import end_process, watched
 from dynamo_jax.policy.build import decoder_config
@@ -47,10 +47,12 @@ from dynamo_jax.rounds import (
     unfinished,
     unsatisfied,
 )
-from dynamo_jax.run_folder import RunFolder, write_atomic
+from dynamo_jax.run_folder import RunFolder, Status
+from dynamo_jax.run_writer import RunWriter
 from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh, total
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
 from dynamo_jax.stopping import Interrupted, Stopping
+from dynamo_jax.storage import TemporaryFailure, patiently
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
@@ -75,7 +77,7 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
     start_devices(config.device, config.mesh)
     setup_logging(jax.process_index())
     writer = jax.process_index() == 0  # only this process writes
-    with watched(same=(Interrupted,)), ExitStack() as stack:
+    with watched(same=(Interrupted, TemporaryFailure)), ExitStack() as stack:
         mesh = make_mesh(config.mesh)
         task = build_task(config)
         stack.callback(task.verifier.close)
@@ -83,6 +85,9 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
         if writer:
             folder = stack.enter_context(RunFolder(config.run_dir))
             folder.check_or_write_config(config)
+            stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
+            trainer.folder = folder
+            trainer.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
         _check_shared(config)
         trainer.run(profile)
         if writer:
@@ -106,6 +111,10 @@ class Trainer:
     state: TrainState
     stats: AllocationState
     best: float | None = None
+    folder: RunFolder  # process 0's, as all that is written there
+    status: Status
+    writer: RunWriter | None = None
+    _score: float | None = None  # of the step just done
 
     def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
         c = self.config = config
@@ -131,7 +140,9 @@ class Trainer:
         )
         self.grading = Grading(verdict_of(task.verifier))
         self.stopping = Stopping()
+        self.patiently = partial(patiently, patience=c.checkpoint.patience, stop=self.stopping.check, agree=agreed)
         self.xla_cache = XlaCache(str(self.run_dir / "xla_cache"))
+        self._samples = ""  # the step's, to be written with its metrics
         self._seconds: dict[str, float] = {}
         self._known: set[str] = set()  # phases that were gone through once, with their compilations
 
@@ -169,7 +180,7 @@ class Trainer:
             updates = to_host(updates)
 
         skipped = self._count_skipped(step, updates)
-        self._save_samples(step, pool)
+        self._samples = sample_lines(step, pool, c.logging.rollouts_per_step, self.task.tokenizer)
         return {
             **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
             **allocation_metrics(counts_P, success_P),
@@ -231,14 +242,11 @@ class Trainer:
             self.watchdog = Watchdog(c.watchdog, end=partial(end_process, status=os.EX_TEMPFAIL))
             stack.callback(self.watchdog.close)
             self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
-            done = self.checkpoints.latest()
-            self.log = self._open_log(done) if writer else None
-            if self.log:
-                stack.callback(self.log.close)
+            done = self._resume()
+            if writer:
+                self.writer = stack.enter_context(RunWriter(self.folder, self.status, c, done))
             if done is None:
                 self._start()
-            else:
-                self._resume(done)
             self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
             stack.callback(self.bar.close)
             self.profile = stack.enter_context(Profile(self.run_dir / "profile", profile if writer else None))
@@ -247,6 +255,7 @@ class Trainer:
                 self._finish(0, {"policy/parameters": sum(sizes), **self._evaluate(), **self._times()})
             for step in range((done or 0) + 1, c.trainer.steps + 1):
                 self._run_step(step)
+            self._save(max(done or 0, c.trainer.steps), self._score, last=True)
 
     def _run_step(self, step: int) -> None:
         c, began, position = self.config, time.perf_counter(), self.data.state()
@@ -255,14 +264,14 @@ class Trainer:
                 metrics = self.step(step)
         except Interrupted:
             self.data.restore(position)  # it stopped before the update: forgetting the prompts undoes the step
-            self._save(step - 1)
+            self._save(step - 1, self._score, last=True)
             raise
         if step == c.trainer.steps or (c.eval.every and step % c.eval.every == 0):
             with self.watchdog.watch("evaluation", f"the evaluation after step {step}"):
                 metrics |= self._evaluate()
         self._finish(step, {**metrics, **self._times(), "time/step": time.perf_counter() - began})
         if self.stopping.asked():
-            self._save(step)
+            self._save(step, self._score, last=True)
             self.stopping.check()
 
     def _start(self) -> None:
@@ -280,12 +289,17 @@ class Trainer:
             params = init_policy(self.decoder, key)
         self.state, self.stats = self.programs.init(params), self.allocation.init()
 
-    def _resume(self, done: int) -> None:
+    def _resume(self) -> int | None:
+        """Take over the newest checkpoint. Returns its step, None if there is none."""
         target = {"train": self.programs.abstract_state, "stats": self.allocation.abstract_stats}
-        saved, host = self.checkpoints.restore(done, target)
+        found = self.checkpoints.restore_newest(target)
+        if found is None:
+            return None
+        done, saved, host = found
         self.state, self.stats, self.best = saved["train"], saved["stats"], host["best"]
         self.data.restore(host["data"])
         log.info("Resuming after step %d", done)
+        return done
 
     def _evaluate(self) -> dict[str, float]:
         e = self.config.eval
@@ -312,9 +326,9 @@ class Trainer:
         c = self.config
         names = [f"eval/{prompts.name}/pass@{min(c.eval.k)}" for prompts in self.task.evals]
         scores = [metrics[name] for name in names if name in metrics]
-        score = float(np.mean(scores)) if scores else None
-        if self.log:
-            self.log.write(step, metrics)
+        score = self._score = float(np.mean(scores)) if scores else None
+        write = partial(self.writer.write, step, metrics, self._samples) if self.writer else _nothing
+        self.patiently(write, f"the metrics and rollouts of step {step}")
         if step:
             speed = metrics["rollout/tokens_per_second"]
             self.bar.update(step, reward=metrics["reward/mean"], tokens_per_second=speed, score=score)
@@ -326,19 +340,19 @@ class Trainer:
                 self._save(step, score)
                 self.xla_cache.settle()
 
-    def _save(self, step: int, score: float | None = None) -> None:
-        if self.log:
-            self.log.sync()
+    def _save(self, step: int, score: float | None = None, last: bool = False) -> None:
+        """Start to save, in the background; the `last` time, only return when all is safe."""
         state = {"train": self.state, "stats": self.stats}
-        self.checkpoints.save(step, state, {"data": self.data.state(), "best": self.best}, score)
+        host = {"data": self.data.state(), "best": self.best}
 
-    def _save_samples(self, step: int, pool: Pool) -> None:
-        """`rollouts/step_<step>.jsonl`: some of the step's rollouts."""
-        count = self.config.logging.rollouts_per_step
-        if count and jax.process_index() == 0:
-            folder = self.run_dir / "rollouts"
-            folder.mkdir(exist_ok=True)
-            write_atomic(folder / f"step_{step:06d}.jsonl", sample_lines(step, pool, count, self.task.tokenizer))
+        def save() -> None:
+            self.checkpoints.save(step, state, host, score)
+            if last:
+                self.checkpoints.wait()
+
+        sync = partial(self.writer.sync, step) if self.writer else _nothing
+        self.patiently(sync, f"the metrics up to step {step}")
+        self.patiently(save, f"the checkpoint of step {step}")
 
     def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
         """How many of the step's updates were skipped, each with a warning that names the metric and the step."""
@@ -349,17 +363,6 @@ class Trainer:
             for name in bad:
                 log.warning("step %d, update %d: %s is %s; the update is skipped", step, number, name, update[name])
         return skipped
-
-    def _open_log(self, done: int | None) -> MetricsLog:
-        c = self.config
-        return MetricsLog(
-            self.run_dir,
-            done,
-            tensorboard=c.logging.tensorboard,
-            wandb_project=c.logging.wandb_project,
-            config=resolved(c),
-            run_name=self.run_dir.name,
-        )
 
     def _key(self, step: int, stream: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.root, step), stream)
@@ -381,3 +384,7 @@ class Trainer:
             yield
         self._known.add(name)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def _nothing() -> None:
+    """What a process that writes nothing does where process 0 writes."""

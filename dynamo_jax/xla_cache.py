@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import zlib
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from dynamo_jax.run_folder import write_atomic
+from dynamo_jax.storage import StorageError
+
+log = logging.getLogger("dynamo_jax")
 
 WHOLE_NAME = "whole.json"
 REMOTE_SECONDS = 0.5  # shorter compilations are not worth a write to a bucket
@@ -58,7 +62,10 @@ class XlaCache:
             return
         sizes = self._sizes()
         if sizes != self._whole:
-            write_atomic(Path(self.path) / WHOLE_NAME, json.dumps(sizes))
+            try:
+                write_atomic(Path(self.path) / WHOLE_NAME, json.dumps(sizes))
+            except StorageError as error:  # a full disk costs the next start some compilations, not this run its life
+                log.warning("%s", error)
             self._whole = sizes
 
     def _remove_torn(self) -> None:

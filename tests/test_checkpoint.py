@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dynamo_jax import checkpoint as checkpoint_module
+from dynamo_jax import checkpoint_files
 from dynamo_jax.checkpoint import Checkpointer, CheckpointError, resolve_checkpoint
 from dynamo_jax.metrics import read_metrics
 
@@ -272,7 +273,7 @@ def file_names(root: Path) -> list[Path]:
 def attempt(path: Path) -> str | None:
     """The error of restoring step 2, or None where it comes back exactly."""
     try:
-        with Checkpointer(path, keep=2) as checkpointer:
+        with Checkpointer(path, keep=2, read_only=True) as checkpointer:
             state, host = checkpointer.restore(2, abstract(small()))
     except CheckpointError as error:
         return str(error)
@@ -281,20 +282,26 @@ def attempt(path: Path) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("how", ["delete", "empty", "half", "flip"])
-def test_damage_is_one_paragraph_and_deletes_nothing(saved, tmp_path, how, capfd):
+def spoil(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    if how == "delete":
+        file.unlink()
+        return
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :] if content else b""
+    file.write_bytes({"empty": b"", "half": content[:middle], "flip": flipped}[how])
+
+
+HOW = ["delete", "empty", "half", "flip"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_damage_is_one_paragraph_and_reading_deletes_nothing(saved, tmp_path, how, capfd):
     """Each file of a checkpoint in turn: an error that names folder, reason and remedy, or the exact state."""
     refused = 0
     for index, name in enumerate(file_names(saved / "2")):
         path = shutil.copytree(saved, tmp_path / str(index))
-        file = path / "2" / name
-        content = file.read_bytes()
-        if how == "delete":
-            file.unlink()
-        else:
-            middle = len(content) // 2
-            flipped = content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :] if content else b""
-            file.write_bytes({"empty": b"", "half": content[:middle], "flip": flipped}[how])
+        spoil(path / "2" / name, how)
         before = folders(path)
         message = attempt(path)
         if message is not None:
@@ -305,6 +312,56 @@ def test_damage_is_one_paragraph_and_deletes_nothing(saved, tmp_path, how, capfd
         assert folders(path) == before
     assert refused >= len(file_names(saved / "2")) - 2  # the two at the top are orbax's own notes
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["delete", "flip"])
+def test_damaged_newest_is_moved_aside_and_the_one_before_goes_on(saved, tmp_path, how, caplog, capfd):
+    """Each file of the newest checkpoint in turn."""
+    fallen = 0
+    for index, name in enumerate(file_names(saved / "2")):
+        path = shutil.copytree(saved, tmp_path / str(index) / "checkpoints")
+        spoil(path / "2" / name, how)
+        caplog.clear()
+        with caplog.at_level("WARNING", "dynamo_jax"), Checkpointer(path, keep=2) as checkpointer:
+            step, state, host = checkpointer.restore_newest(abstract(small()))
+            assert_equal(state, small(step))
+            assert host == {"position": step}
+            if step == 2:
+                assert not caplog.records
+                continue
+            fallen += 1
+            assert folders(path) == ["1"]
+            aside = path.parent / "checkpoints_damaged"
+            assert folders(aside) == ["2"]
+            message = "\n".join(record.getMessage() for record in caplog.records)
+            for part in (f"{path / '2'}: is damaged: ", f"Moved to {aside}/", "goes on from step 1"):
+                assert message.count(part) == 1
+            assert checkpointer.save(2, small(2), {"position": 2})
+        assert attempt(path) is None
+    assert fallen >= len(file_names(saved / "2")) - 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_no_sound_checkpoint_is_said_loudly_and_damaged_ones_do_not_pile_up(saved, tmp_path, caplog):
+    path = shutil.copytree(saved, tmp_path / "checkpoints")
+    shutil.copytree(path / "1", tmp_path / "checkpoints_damaged" / "0")  # of an earlier start
+    for step in (1, 2):
+        spoil(path / str(step) / "files.json", "half")
+    with caplog.at_level("WARNING", "dynamo_jax"), Checkpointer(path, keep=2) as checkpointer:
+        assert checkpointer.restore_newest(abstract(small())) is None
+    assert folders(path) == []
+    assert folders(tmp_path / "checkpoints_damaged") == ["1", "2"]
+    assert [r.getMessage().count("THE RUN STARTS ANEW") for r in caplog.records] == [1]
+
+
+def test_older_checkpoint_whose_score_cannot_be_read_does_not_end_the_run(saved, tmp_path):
+    path = shutil.copytree(saved, tmp_path / "checkpoints")
+    (path / "1" / "metrics" / "metrics").write_text('{"score"')
+    with pytest.raises(CheckpointError, match=r"1: is damaged: the file metrics/metrics .* Delete the folder"):
+        Checkpointer(path, keep=2, read_only=True)
+    with Checkpointer(path, keep=2) as checkpointer:
+        assert (checkpointer.steps(), checkpointer.best()) == ([2], 2)
+    assert folders(tmp_path / "checkpoints_damaged") == ["1"]
 
 
 def test_empty_step_folder_and_missing_step(saved, tmp_path):
@@ -322,12 +379,14 @@ def test_damage_that_only_orbax_sees_is_wrapped(saved, tmp_path):
     path = shutil.copytree(saved, tmp_path / "c")
     shutil.rmtree(path / "2" / "state" / "d")
     (path / "2" / "files.json").write_text("{}")
-    with (
-        Checkpointer(path, keep=2) as checkpointer,
-        pytest.raises(CheckpointError, match=r"c/2: cannot be read: .*Delete the folder") as caught,
-    ):
-        checkpointer.restore(2, abstract(small()))
-    assert len(str(caught.value)) < 700
+    with Checkpointer(path, keep=2) as checkpointer:
+        with pytest.raises(CheckpointError, match=r"c/2: cannot be read: .*Delete the folder") as caught:
+            checkpointer.restore(2, abstract(small()))
+        assert len(str(caught.value)) < 700
+        step, state, _ = checkpointer.restore_newest(abstract(small()))
+    assert step == 1
+    assert_equal(state, small(1))
+    assert folders(tmp_path / "c_damaged") == ["2"]
 
 
 def test_other_structure_shape_or_dtype_names_the_arrays(saved):
@@ -342,6 +401,17 @@ def test_other_structure_shape_or_dtype_names_the_arrays(saved):
             checkpointer.restore(1, {"w": target["w"]})
 
 
+def test_checkpoint_of_another_model_is_an_error_and_stays(saved, tmp_path):
+    path = shutil.copytree(saved, tmp_path / "c")
+    other = {"w": jax.ShapeDtypeStruct((40, 51), jnp.float32)}
+    with (
+        Checkpointer(path, keep=2) as checkpointer,
+        pytest.raises(CheckpointError, match="2: was saved from another model"),
+    ):
+        checkpointer.restore_newest(other)
+    assert folders(path) == ["1", "2"]
+
+
 def test_error_of_the_background_writer_surfaces_once_on_save_or_close(tmp_path, monkeypatch, capfd):
     def full(*_: object) -> list[int]:
         raise OSError(28, "No space left on device")
@@ -349,7 +419,7 @@ def test_error_of_the_background_writer_surfaces_once_on_save_or_close(tmp_path,
     checkpointer = Checkpointer(tmp_path, keep=1)
     checkpointer.save(1, small(), {})
     checkpointer.wait()
-    monkeypatch.setattr(checkpoint_module, "_fingerprint", full)
+    monkeypatch.setattr(checkpoint_files, "_fingerprint", full)
     checkpointer.save(2, small(), {})
     with pytest.raises(CheckpointError, match=r"2: cannot be written: OSError: .*No space left.* Free space"):
         checkpointer.save(3, small(), {})
@@ -358,7 +428,7 @@ def test_error_of_the_background_writer_surfaces_once_on_save_or_close(tmp_path,
     checkpointer.save(3, small(), {})
     checkpointer.wait()
     assert folders(tmp_path)[-1] == "3"
-    monkeypatch.setattr(checkpoint_module, "_fingerprint", full)
+    monkeypatch.setattr(checkpoint_files, "_fingerprint", full)
     checkpointer.save(4, small(), {})
     with pytest.raises(CheckpointError, match="4: cannot be written"):
         checkpointer.close()

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from dynamo_jax import metrics as metrics_module
 from dynamo_jax.metrics import MetricsLog, ProgressBar, read_metrics, setup_logging
+from dynamo_jax.storage import StorageError
 
 
 def log(folder: Path, resume_step: int | None = None, **options: object) -> MetricsLog:
@@ -150,6 +152,91 @@ def test_nearly_full_disk_takes_a_part_of_a_line(tmp_path, monkeypatch):
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
     log(tmp_path, 1).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+def test_line_that_failed_half_way_is_whole_after_the_next_try(tmp_path, monkeypatch):
+    """Cut anywhere, and the tries after it fail, too."""
+    whole = fill(tmp_path, range(4))
+    (tmp_path / "again").mkdir()
+    writer = log(tmp_path / "again")
+    real = os.write
+    for step in range(4):
+        room = [5 + step]  # bytes left on the disk
+
+        def short(descriptor: int, data: bytes, room: list[int] = room) -> int:
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = real(descriptor, data[: room[0]])
+            room[0] -= taken
+            return taken
+
+        values = {"reward/mean": step / 7, "allocation/max": step}
+        with monkeypatch.context() as context:
+            context.setattr(metrics_module.os, "write", short)
+            for _ in range(2):
+                with pytest.raises(StorageError, match="No space left"):
+                    writer.write(step, values)
+        if step == 2:
+            writer.sync()
+        writer.write(step, values)
+    writer.close()
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == whole
+
+
+def test_lines_lost_by_a_failed_sync_are_written_again(tmp_path, monkeypatch):
+    """Linux drops the pages that it could not write, and says that all is well when asked again."""
+    writer = log(tmp_path)
+    writer.write(1, {"a": 1})
+    writer.sync()
+    writer.write(2, {"a": 2})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+
+    def failing(descriptor: int) -> None:
+        os.ftruncate(descriptor, 25)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as context:
+        context.setattr(metrics_module.os, "fsync", failing)
+        with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written: Input/output error"):
+            writer.sync()
+    writer.sync()
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size
+    writer.write(3, {"a": 3})
+    writer.close()
+    assert [line["a"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_close_after_a_failure_does_not_hide_it(tmp_path, monkeypatch, caplog):
+    def failing(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(metrics_module.os, "fsync", failing)
+    with pytest.raises(KeyError), caplog.at_level(logging.WARNING, "dynamo_jax"), log(tmp_path):
+        raise KeyError
+    assert "Input/output error" in caplog.text
+    with pytest.raises(StorageError), log(tmp_path):
+        pass
+
+
+def test_tensorboard_on_a_full_disk_is_one_warning(tmp_path, monkeypatch, caplog):
+    """Its own thread would die of it, and the eleventh event would wait for ever."""
+    writer = MetricsLog(tmp_path, None)
+    writer.write(0, {"a": 0})
+    real = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if threading.current_thread() is threading.main_thread():
+            return real(descriptor, data)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics_module.os, "write", full)
+    with caplog.at_level(logging.WARNING, "dynamo_jax"):
+        for step in range(1, 40):
+            writer.write(step, {"a": step})
+        writer.sync()
+        writer.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 40
+    assert ["TensorBoard gets no more events" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_read_metrics_errors_name_file_and_line(tmp_path):

@@ -42,13 +42,10 @@ class Job:
                 "XLA_FLAGS": " ".join(flags),
             }
             words = [str(config), f"run_dir={folder}", *overrides]
+            command = [sys.executable, str(Path(__file__).with_name("several.py")), *words]
+            everything = {**os.environ, **variables, **environment}
             with open(log, "wb") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(Path(__file__).with_name("several.py")), *words],
-                        stdout=file, stderr=file, env={**os.environ, **variables, **environment},
-                    )  # fmt: skip
-                )
+                self.processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=everything))
             self.logs.append(log)
 
     def until(self, step: int) -> None:

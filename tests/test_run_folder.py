@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ import pytest
 
 from dynamo_jax import run_folder
 from dynamo_jax.config import Config, ConfigError, dump_config
-from dynamo_jax.run_folder import RunFolder, write_atomic
+from dynamo_jax.run_folder import RunFolder, Status, write_atomic
 
 HOLD = """
 import os, sys, time
@@ -170,3 +171,51 @@ def test_second_process_is_refused_until_the_first_is_killed(tmp_path):
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     RunFolder(tmp_path).close()  # although the killed process left a forked worker behind
+
+
+def status(path: Path) -> dict[str, object]:
+    return json.loads((path / "status.json").read_text())
+
+
+def test_status_is_refreshed_now_and_then(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: clock[0])
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path)))
+    with RunFolder(tmp_path) as folder, Status(folder, 9, stopped=()) as running:
+        whole = {"state": "running", "step": 0, "steps": 9, "message": "", "host": socket.gethostname()}
+        assert status(tmp_path) == whole | {"pid": os.getpid()}
+        running.update(1)
+        assert status(tmp_path)["step"] == 0
+        running.update(2, now=True)
+        assert status(tmp_path)["step"] == 2
+        clock[0] += 60
+        running.update(3)
+        assert status(tmp_path)["step"] == 3
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("complete", 3)
+    with RunFolder(tmp_path) as folder, Status(folder, 12, stopped=()):
+        assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("running", 3)
+
+
+@pytest.mark.parametrize(("error", "state"), [(OSError("the  bucket"), "stopped"), (KeyError(), "failed")])
+def test_status_ends_with_the_reason(tmp_path, monkeypatch, caplog, error, state):
+    (tmp_path / "config.yaml").write_text(dump_config(config(tmp_path)))
+
+    def failing() -> None:
+        with RunFolder(tmp_path) as folder, Status(folder, 9, stopped=(OSError,)):
+            raise error
+
+    with pytest.raises(type(error)):
+        failing()
+    assert (status(tmp_path)["state"], status(tmp_path)["message"]) == (
+        state,
+        "the bucket" if error.args else "KeyError",
+    )
+
+    def failing_on_a_full_disk() -> None:
+        with RunFolder(tmp_path) as folder, Status(folder, 9, stopped=(OSError,)):
+            monkeypatch.setattr(run_folder.os, "fsync", full_disk)
+            raise error
+
+    with pytest.raises(type(error)):
+        failing_on_a_full_disk()
+    assert "status.json: cannot be written: No space left" in caplog.text

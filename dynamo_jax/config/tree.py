@@ -312,6 +312,7 @@ class EvalConfig:
 class CheckpointConfig:
     every: PositiveInt = 25  # steps
     keep: PositiveInt = 2  # the newest ones kept, beside the best
+    patience: NonNegativeFloat = 600.0  # seconds that failing storage is tried again before the run ends
 
 
 @dataclass(frozen=True, config=_strict)
@@ -319,6 +320,7 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb_project: str | None = None  # null: Weights & Biases is not used
     rollouts_per_step: NonNegativeInt = 64  # samples saved under rollouts/
+    rollouts_keep: PositiveInt | None = 100  # newest files kept there; null: all
     progress: bool = True
 
 

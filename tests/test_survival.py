@@ -1,0 +1,212 @@
+"""Runs whose storage fails them: damaged checkpoints, a full disk. What they leave equals an undisturbed run's."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import compiled_once, write_config  # noqa: F401 - a fixture of this module
+
+from dynamo_jax import cli, storage
+from dynamo_jax import trainer as loop
+from dynamo_jax.checkpoint import Checkpointer
+from dynamo_jax.metrics import read_metrics
+from dynamo_jax.run_writer import RunWriter
+from dynamo_jax.storage import TemporaryFailure
+
+STEPS = 3
+
+
+def train(folder: Path, *overrides: str, steps: int = STEPS) -> int:
+    folder.mkdir(exist_ok=True)
+    return cli.main(["train", str(write_config(folder)), f"trainer.steps={steps}", *overrides])
+
+
+def result(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Everything that does not measure time."""
+    lines = read_metrics(folder / "run" / "metrics.jsonl")
+    rollouts = [path.read_text() for path in sorted((folder / "run" / "rollouts").iterdir())]
+    timeless = [{k: v for k, v in x.items() if not k.startswith("time/") and "per_second" not in k} for x in lines]
+    return timeless, rollouts
+
+
+def status(folder: Path) -> tuple[str, int, str]:
+    values = json.loads((folder / "run" / "status.json").read_text())
+    assert (values["pid"], values["host"], values["steps"]) == (os.getpid(), socket.gethostname(), STEPS)
+    return values["state"], values["step"], values["message"]
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What the runs of a test warn of."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.addFilter(lambda record: "devices" not in record.getMessage())  # the tests have eight, a run uses one
+    logger = logging.getLogger("dynamo_jax")
+    monkeypatch.setattr(loop, "setup_logging", lambda _: logger)
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[str]]:
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(folder) == 0
+    return result(folder)
+
+
+def test_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(
+    whole: Any, tmp_path: Path, warnings: list[str]
+) -> None:
+    assert train(tmp_path, "checkpoint.keep=3", steps=2) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    host = checkpoints / "2" / "host" / "metadata"
+    host.write_bytes(host.read_bytes()[:-3])
+    assert train(tmp_path) == 0
+    assert result(tmp_path) == whole
+    assert [("2: is damaged" in line, "goes on from step 1" in line) for line in warnings] == [(True, True)]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints_damaged").iterdir()] == ["2"]
+
+
+class SmallDisk:
+    """A file system of its own, which can be filled to the last byte and freed again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], capture_output=True).returncode:
+            pytest.skip("a full disk needs the right to mount one")
+
+    def fill(self) -> None:
+        with open(self.path / "filler", "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 4096)
+
+    def free(self) -> None:
+        (self.path / "filler").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        subprocess.run(["umount", self.path], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path / "disk")
+    yield disk
+    disk.close()
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between tries, which take no time here."""
+    taken: list[float] = []
+
+    def nap(seconds: float, stop: Callable[[], None]) -> None:
+        stop()
+        taken.append(seconds)
+
+    monkeypatch.setattr(storage, "_sleep", nap)
+    return taken
+
+
+def before(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, step: int, do: Callable[[], None]) -> None:
+    """`do()` once, when the method is first called for `step`."""
+    method, todo = getattr(kind, name), [do]
+
+    def wrapped(self: Any, number: int, *arguments: Any, **options: Any) -> Any:
+        if number == step and todo:
+            todo.pop()()
+        return method(self, number, *arguments, **options)
+
+    monkeypatch.setattr(kind, name, wrapped)
+
+
+def test_full_disk_is_waited_out_and_changes_nothing(
+    whole: Any, disk: SmallDisk, naps: list[float], warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full to the last byte before the metrics of step 1, a checkpoint in between and the last one; freed each time."""
+    before(monkeypatch, RunWriter, "write", 1, disk.fill)
+    before(monkeypatch, Checkpointer, "save", 2, disk.fill)
+    before(monkeypatch, Checkpointer, "save", STEPS, disk.fill)
+    nap = storage._sleep
+    ends: list[int] = []
+
+    def freed(seconds: float, stop: Callable[[], None]) -> None:
+        nap(seconds, stop)
+        if seconds == 1.0:  # the second try
+            ends.append(len(naps))
+            disk.free()
+
+    monkeypatch.setattr(storage, "_sleep", freed)
+    assert train(disk.path, "logging.tensorboard=true") == 0
+    assert result(disk.path) == whole
+    assert len(ends) >= 2  # what a failed save leaves is removed, which may be enough for the next one
+    tries = [line for line in warnings if "trying again in" in line]
+    assert len(tries) == len(naps)
+    assert all("No space left on device" in line for line in tries)
+    names = sorted(path.name for path in (disk.path / "run" / "checkpoints").iterdir())
+    assert names in (["0", "3"], ["1", "3"], ["2", "3"])  # those that failed are superseded, and leave nothing
+    assert sum("TensorBoard gets no more events" in line for line in warnings) <= 1  # its thread may have been late
+
+
+def test_disk_that_stays_full_ends_the_run_which_goes_on_later(
+    whole: Any, disk: SmallDisk, naps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        before(context, RunWriter, "write", 2, disk.fill)
+        with pytest.raises(
+            TemporaryFailure, match=r"step 2: failed for 5 s: .*No space left.* the same command goes on"
+        ):
+            train(disk.path, "checkpoint.patience=5")
+    assert sum(naps) == 5
+    disk.free()
+    assert train(disk.path) == 0
+    assert result(disk.path) == whole
+    assert status(disk.path) == ("complete", STEPS, "all 3 steps are done")
+
+
+def test_signal_ends_the_waiting_for_a_full_disk(
+    disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        disk.fill()
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+    before(monkeypatch, Checkpointer, "save", 2, full)
+    old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        began = time.monotonic()
+        assert train(disk.path) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 20
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(TemporaryFailure("the bucket"), "stopped"), (ValueError("the key"), "failed")]
+)
+def test_status_tells_a_run_to_start_again_from_one_to_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
+) -> None:
+    seen: list[tuple[str, int, str]] = []
+
+    def stop(*_: object) -> None:
+        seen.append(status(tmp_path))
+        raise error
+
+    monkeypatch.setattr(loop.Trainer, "run", stop)
+    with contextlib.suppress(TemporaryFailure):
+        train(tmp_path)
+    assert seen == [("running", 0, "")]
+    assert status(tmp_path) == (state, 0, str(error))
