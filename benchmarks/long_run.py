@@ -2,10 +2,11 @@
 
     python benchmarks/long_run.py [--steps 20000] [--override checkpoint.every=50]
 
-Needs 2 CPU cores and about 20 minutes. Samples the resident memory of the process and of its children, open files,
-threads, and the disk that the run's folder takes, every few seconds. Prints a table over the steps and the growth from the first tenth of the samples after step 100 to the
-last. `metrics.jsonl` and the TensorBoard events are the run's result and grow by a line a step; all else must stay. Exit
-status 1 if anything else grows by more than 10% and 20 (MB, threads or files).
+Needs 2 CPU cores and about 20 minutes. Samples the resident memory of the process, its open files and threads, and
+the disk that the run's folder takes, every few seconds. Prints a table over the steps, and the growth from the first
+tenth of the samples after step 100 to the last. `metrics.jsonl` and the TensorBoard events are the run's result and
+grow by a line a step; all else must stay. Exit status 1 if anything else grows by more than 10% and 20 (MB, threads or
+files).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> int:
         try:
             while process.poll() is None:
                 step = last_step(run)
-                if step >= FROM_STEP:
+                if FROM_STEP <= step < arguments.steps:  # the end has a report to write
                     samples.append(sample(process.pid, run, step))
                 time.sleep(2.0)
         finally:

@@ -16,7 +16,6 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,13 +38,6 @@ GREETING_BYTES = 1024
 MESSAGE_BYTES = 4096
 
 Ended = Callable[[str, int], None]  # reason, exit status; called from a thread
-
-
-def end_process(reason: str, status: int) -> None:
-    """Say why, and end at once: the main thread waits for a process that will never come, and cannot be woken."""
-    sys.stderr.write(f"dynamo-jax: error: {reason}\n")
-    sys.stderr.flush()
-    os._exit(status)
 
 
 class Link:
@@ -230,25 +222,11 @@ def _from_process_0(message: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def watched(same: tuple[type[BaseException], ...]) -> Iterator[None]:
-    """Watch over the other processes, if there are any, while the block runs. See the module.
-
-    An exception that leaves the block ends the others, too, with the exit status that this process will have; not one
-    of `same`, which every process raises.
-    """
+def watched(ended: Ended) -> Iterator[Peers | None]:
+    """Watch over the other processes, if there are any, while the block runs. `ended` as for `Peers`."""
     if jax.process_count() == 1:
-        yield
+        yield None
         return
-    peers = Peers(
-        jax.process_index(), jax.process_count(), _from_process_0, end_process, PROGRESS, host_name(os.environ)
-    )
-    try:
-        yield
-    except same:
-        peers.close()
-        raise
-    except BaseException as error:
-        status = 2 if isinstance(error, ValueError | OSError) else 1
-        peers.fail(f"{type(error).__name__}: {error}" if status == 1 else str(error), status)
-        raise
+    peers = Peers(jax.process_index(), jax.process_count(), _from_process_0, ended, PROGRESS, host_name(os.environ))
+    yield peers
     peers.close()

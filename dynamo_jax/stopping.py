@@ -1,17 +1,24 @@
-"""How a run is asked to stop by a signal."""
+"""How a run stops before its end: asked by a signal, or ended from a thread because its main one waits for ever."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
+from dynamo_jax.peers import Peers
+from dynamo_jax.run_folder import Status
 from dynamo_jax.sharding import agreed
+from dynamo_jax.storage import TemporaryFailure
 
 log = logging.getLogger("dynamo_jax")
+
+LAST_WORD_SECONDS = 5.0
 
 
 class Interrupted(Exception):
@@ -20,6 +27,9 @@ class Interrupted(Exception):
     def __init__(self, number: int, saved: str) -> None:
         self.signal = number
         super().__init__(f"stopped by {signal.Signals(number).name}; {saved}")
+
+
+TOGETHER = (Interrupted, TemporaryFailure)  # what one process raises, all do
 
 
 class Stopping:
@@ -41,11 +51,6 @@ class Stopping:
         if number:
             raise Interrupted(number, "run the same command to go on")
 
-    def check_alone(self) -> None:
-        """`check` of this process only, where the others do not call it."""
-        if self._number:
-            raise Interrupted(self._number, "run the same command to go on")
-
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Take the signals over."""
@@ -64,3 +69,47 @@ class Stopping:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Ending:
+    """Ends this process at once, called from a thread: the main one waits for what will never come.
+
+    What is in the run's folder stays as it is: nothing there is ever half written. `status` and `peers` are told, where
+    there are such.
+    """
+
+    def __init__(self) -> None:
+        self.status: Status | None = None
+        self.peers: Peers | None = None
+
+    def announce(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """For an `ExitStack`: an exception that not every process raises ends the others, with this one's exit status.
+
+        Pushed last, it comes before whatever closing may wait for them.
+        """
+        if self.peers is None or error is None:
+            return
+        if isinstance(error, TOGETHER):
+            self.peers.close()
+            return
+        status = 2 if isinstance(error, ValueError | OSError) else 1
+        reason = " ".join(str(error).split()) or type(error).__name__
+        log.error("%s: %s", type(error).__name__, reason)
+        self.peers.fail(reason, status)
+
+    def lost(self, reason: str, exit_status: int = os.EX_TEMPFAIL) -> NoReturn:
+        """Another process is gone."""
+        if self.status is not None:
+            state = "stopped" if exit_status == os.EX_TEMPFAIL else "failed"
+            last_word = threading.Thread(target=self.status.end, args=(state, reason), daemon=True)
+            last_word.start()
+            last_word.join(LAST_WORD_SECONDS)  # the storage may be what hangs
+        sys.stderr.write(f"dynamo-jax: error: {reason}\n")
+        sys.stderr.flush()
+        os._exit(exit_status)
+
+    def hangs(self, reason: str) -> NoReturn:
+        """This process does not move."""
+        if self.peers is not None:
+            self.peers.fail(reason, os.EX_TEMPFAIL)
+        self.lost(f"{reason}. The run ends; the same command goes on from the newest checkpoint.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from dynamo_jax.evaluate import evaluate
 from dynamo_jax.judge import Judge
 from dynamo_jax.metrics import ProgressBar, setup_logging
 from dynamo_jax.objective import group_advantage, group_weight
-from dynamo_jax.peers import end_process, watched
+from dynamo_jax.peers import watched
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf
 from dynamo_jax.policy.model import abstract_policy, init_policy, param_shardings
@@ -51,7 +50,7 @@ from dynamo_jax.run_folder import RunFolder, Status
 from dynamo_jax.run_writer import RunWriter
 from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh, total
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
-from dynamo_jax.stopping import Interrupted, Stopping
+from dynamo_jax.stopping import Ending, Interrupted, Stopping
 from dynamo_jax.storage import TemporaryFailure, patiently
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
@@ -77,17 +76,20 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
     start_devices(config.device, config.mesh)
     setup_logging(jax.process_index())
     writer = jax.process_index() == 0  # only this process writes
-    with watched(same=(Interrupted, TemporaryFailure)), ExitStack() as stack:
+    ending = Ending()
+    with watched(ending.lost) as ending.peers, ExitStack() as stack:
+        stack.push(ending.announce)
         mesh = make_mesh(config.mesh)
         task = build_task(config)
         stack.callback(task.verifier.close)
         trainer = Trainer(config, task, mesh)
+        trainer.ending = ending
         if writer:
             folder = stack.enter_context(RunFolder(config.run_dir))
             folder.check_or_write_config(config)
             stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
             trainer.folder = folder
-            trainer.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
+            trainer.status = ending.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
         _check_shared(config)
         trainer.run(profile)
         if writer:
@@ -139,7 +141,7 @@ class Trainer:
             pad_id=task.tokenizer.pad_id,
         )
         self.grading = Grading(verdict_of(task.verifier))
-        self.stopping = Stopping()
+        self.stopping, self.ending = Stopping(), Ending()
         self.patiently = partial(patiently, patience=c.checkpoint.patience, stop=self.stopping.check, agree=agreed)
         self.xla_cache = XlaCache(str(self.run_dir / "xla_cache"))
         self._samples = ""  # the step's, to be written with its metrics
@@ -239,7 +241,7 @@ class Trainer:
             stack.callback(self.grading.close)
             if c.trainer.compilation_cache:
                 stack.enter_context(self.xla_cache.enabled())
-            self.watchdog = Watchdog(c.watchdog, end=partial(end_process, status=os.EX_TEMPFAIL))
+            self.watchdog = Watchdog(c.watchdog, end=self.ending.hangs)
             stack.callback(self.watchdog.close)
             self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
             done = self._resume()
@@ -250,6 +252,7 @@ class Trainer:
             self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
             stack.callback(self.bar.close)
             self.profile = stack.enter_context(Profile(self.run_dir / "profile", profile if writer else None))
+            stack.push(self.ending.announce)
             if done is None:
                 sizes = [leaf.size for leaf in jax.tree.leaves(self.state.params)]
                 self._finish(0, {"policy/parameters": sum(sizes), **self._evaluate(), **self._times()})

@@ -179,7 +179,7 @@ def test_what_only_the_machine_or_the_task_can_tell(capsys, monkeypatch, tmp_pat
     no_work(monkeypatch)
     config = write_config(tmp_path)
     if expected is None:  # the neighbour of the case below it is allowed
-        monkeypatch.setattr(loop.Trainer, "run", lambda _: None)
+        monkeypatch.setattr(loop.Trainer, "run", lambda *_: None)
         monkeypatch.setattr(loop, "write_report", lambda *_: None)
         assert cli.main(["train", str(config), override]) == 0
         return
