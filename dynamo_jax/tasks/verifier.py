@@ -41,11 +41,11 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Death(Exception):
-    """The worker died; `timed_out` if it had used up its time."""
+    """The worker died; `timed_out` if it had used up its time, `outside` if the answer need not be the reason."""
 
-    def __init__(self, timed_out: bool) -> None:
+    def __init__(self, timed_out: bool, outside: bool) -> None:
         super().__init__("timed out" if timed_out else "died")
-        self.timed_out = timed_out
+        self.timed_out, self.outside = timed_out, outside
 
 
 class _Worker:
@@ -71,7 +71,9 @@ class _Worker:
             return reply
         # A worker that ended by itself has a status of its own, soon.
         status = self.stop(grace=1.0 if reply is None else 0.0)
-        raise _Death(timed_out=status == -signal.SIGXCPU or reply is TimeoutError)
+        # Killed by another's hand, as where memory is short, or frozen: neither is what our limits do to a bad answer.
+        outside = reply is TimeoutError or (reply is None and status == -signal.SIGKILL)
+        raise _Death(timed_out=status == -signal.SIGXCPU or reply is TimeoutError, outside=outside)
 
     def start(self) -> subprocess.Popen[bytes]:
         self.stop()
@@ -270,7 +272,16 @@ class Verifier:
             with self._lock:
                 self._counts["symbolic"] += 1
                 self._counts["starts"] += fresh
-            reply = worker.ask(request[0], request[1], answer)
+            try:
+                reply = worker.ask(request[0], request[1], answer)
+            except _Death as death:
+                if not death.outside or self._closing.is_set():
+                    raise
+                with self._lock:
+                    self._counts["starts"] += 1
+                reply = worker.ask(
+                    request[0], request[1], answer
+                )  # once more: a verdict must not depend on the machine
         except (_Death, RuntimeError) as death:
             if self._closing.is_set():
                 raise RuntimeError("this Verifier was closed while it graded") from death
