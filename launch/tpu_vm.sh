@@ -61,6 +61,13 @@ Exit status: 0 done; 1 refused by Google Cloud, or given up; 2 yours to mend; 75
 END
 }
 
+# progress: read the run's status; a new step forgives the failures before it.
+progress() {
+  read_status
+  ((STEP > best)) || return 0
+  log "run $run: $RUN_STATE, step $STEP of $STEPS"
+  best=$STEP crashes=0 hiccups=0
+}
 # failed crash|temporary MESSAGE: count it, and wait or give up.
 failed() {
   if [[ $1 == crash ]]; then crashes=$((crashes + 1)); else hiccups=$((hiccups + 1)); fi
@@ -102,9 +109,10 @@ ready() {
   if ((status != 0 || HOSTS == 0)); then
     # Never reached: our key or the firewall, and a new slice would not help. Reached before: a host hangs.
     [[ $reached ]] || out_of_reach
+    local before=$best
     failed crash "slice $name does not answer over ssh any more"
-    read_status
-    ((STEP <= best)) || return 0
+    progress
+    ((best == before)) || return 0 # it trains all the same
     remove
     return
   fi
@@ -120,7 +128,7 @@ ready() {
       remote "$((${call_timeout%.*} + grace))" all stop "$grace" restart || status=$?
     fi
   else
-    read_status
+    progress # it may have come further since the last look
     [[ $RUN_STATE != complete ]] || return 0
     if [[ -n $watching ]]; then
       watching='' partial=''
@@ -222,11 +230,7 @@ do_supervise() {
   # watching: we saw the run going, so how it ends is ours to judge. reached: this slice has answered over ssh.
   best=-1 crashes=0 hiccups=0 created=0 watching='' reached='' partial=''
   while :; do
-    read_status
-    if ((STEP > best)); then
-      log "run $run: $RUN_STATE, step $STEP of $STEPS"
-      best=$STEP crashes=0 hiccups=0
-    fi
+    progress
     [[ $RUN_STATE != complete ]] || break
     slice
     [[ $STATE == NONE ]] || created=0 remind=1

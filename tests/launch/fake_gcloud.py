@@ -120,7 +120,7 @@ def create(flags: dict, group: str, name: str) -> int:
     with cloud() as state:
         if state["queue"] is not None:
             return error("ALREADY_EXISTS: Resource already exists")
-        state["queue"], state["node"] = state["on_create"], ["CREATING", "READY"]
+        state["queue"], state["node"] = state["on_create"], "READY"
     return 0
 
 
