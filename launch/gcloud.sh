@@ -49,8 +49,8 @@ readonly REFUSED='PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|RESOURCE_EX
 readonly GONE='NOT_FOUND|matched no objects|/status\.json not found|terminal state|cannot be currently connected'
 
 # call SECONDS ARG...: gcloud, within a time limit, and again after what may pass. Leaves its output in $OUT. Returns 0;
-# 4: there is no such thing (any more); 10, 11: worker.sh refused, or the setup failed; 5: the retries are spent. What
-# only the user can mend ends the script with gcloud's own words.
+# 4: there is no such thing (any more); 5: the retries are spent; 10, 11, 127: worker.sh refused, its setup failed, it is
+# not there. What only the user can mend ends the script with gcloud's own words.
 # shellcheck disable=SC2034 # OUT is read by the files that source this one
 call() {
   local limit=$1 attempt status why
@@ -65,7 +65,7 @@ call() {
     child=
     OUT=$(<"$tmp/out")
     ((status != 0)) || return 0
-    ((status != 10 && status != 11)) || return "$status"
+    ((status != 10 && status != 11 && status != 127)) || return "$status"
     if grep -q ALREADY_EXISTS "$tmp/err"; then return 0; fi # an earlier try was heard, and answered too late
     if grep -Eq "$GONE" "$tmp/err"; then return 4; fi
     if grep -Eq "$REFUSED" "$tmp/err" && ! grep -q 'per minute' "$tmp/err"; then

@@ -136,11 +136,11 @@ ready() {
     fi
     if [[ ! $INSTALLED ]]; then install || status=$?; fi
     if ((status == 0)); then start || status=$?; fi
-    if ((status == 10 || status == 11 || status == 5)); then
-      failed crash "setup or start failed: $(tail -c 1500 "$tmp/err")"
-    elif ((status == 0)); then
-      watching=1
-    fi
+    case $status in
+      0) watching=1 ;;
+      4) ;; # gone since
+      *) failed crash "setup or start failed: $(tail -c 1500 "$tmp/err")" ;;
+    esac
   fi
 }
 
@@ -177,6 +177,7 @@ do_run() {
   fi
   [[ $INSTALLED ]] || log "warning: the hosts do not have commit ${commit:0:12}, these data and models; see \`setup\`"
   start || status=$?
+  ((status != 127)) || fail 1 "the hosts of $name are not set up: \`setup\` first"
   ((status == 0)) || fail 1 "the run was not started: $(tail -c 2000 "$tmp/err")"
   log "started; \`logs\` follows it"
 }
@@ -209,6 +210,7 @@ do_stop() {
   case $status in
     0) log "stopped. The slice is still there and costs money." ;;
     4) log "there is no slice $name that could run anything" ;;
+    127) log "nothing was ever set up on slice $name, so nothing runs" ;;
     *) fail 75 "cannot tell whether the run has stopped: $(tail -c 1000 "$tmp/err")" ;;
   esac
 }

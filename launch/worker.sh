@@ -43,8 +43,8 @@ state() {
   printf 'DYNAMO_JAX %s %s %s %s\n' "$(hostname)" "$(value stamp)" "$(value run)" "$now"
 }
 
-# Python of 3.11 to 3.13 with venv. The images of most runtimes have 3.10, and a fresh VM's apt is often locked by its own
-# upgrades; uv needs neither apt nor root nor a package archive of someone else's, and brings the interpreter with it.
+# Python of 3.11 to 3.13 with venv. The images of most runtimes have 3.10, and a fresh VM's apt is often locked by its
+# own upgrades; uv needs neither apt nor root nor someone's package archive, and brings the interpreter with it.
 make_venv() {
   local python good='import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
   for python in python3.13 python3.12 python3.11 python3; do
@@ -62,8 +62,8 @@ make_venv() {
     PATH=$home/uv/bin:$PATH
   fi
   rm -rf "$home/venv"
-  uv venv --quiet --python 3.12 --seed "$home/venv" || {
-    echo "uv cannot download Python 3.12: give the slice access to the internet (external IPs or Cloud NAT)," \
+  uv venv --quiet --python '>=3.11,<3.14' --seed "$home/venv" || {
+    echo "uv cannot download Python: give the slice access to the internet (external IPs or Cloud NAT)," \
       "or install python3.11 and python3.11-venv on each host" >&2
     return 1
   }

@@ -8,6 +8,7 @@
     hosts          how many
     rules          [{"match": "tpu-vm ssh", "times": 2, "skip": 1, "status": 1, "stderr": "...", "hang": true}, ...]:
                    calls whose words contain `match` fail, but not the first `skip`, and `times` of them (default: all)
+                   ("heard": true: after they did what was asked)
     attempts       what the trainer does when it is started for the nth time; see fake_trainer.py
 
 It is started hundreds of times, so it imports as little as it can.
@@ -46,12 +47,18 @@ def main(words: list[str]) -> int:
     with cloud() as state:
         rule = next((rule for rule in state["rules"] if matches(rule, " ".join(words))), None)
     if rule:
+        if rule.get("heard"):
+            obey(words)
         if rule.get("hang"):
             import time
 
             time.sleep(60)
         sys.stderr.write(rule.get("stderr", "ERROR: (gcloud) UNAVAILABLE: try again\n"))
         return int(rule.get("status", 1))
+    return obey(words)
+
+
+def obey(words: list[str]) -> int:
     flags = dict(word.removeprefix("--").partition("=")[::2] for word in words if word.startswith("--"))
     names = [word for word in words if not word.startswith("--")]
     match names:

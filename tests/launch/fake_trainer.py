@@ -4,6 +4,7 @@ An attempt is {"step": 57, "state": "running", "exit": 75, "exits": {"host1": 2}
 "preempt": [queue, node]}, all of it optional. Host 0 writes status.json if there is a step, and preempts the slice if
 that is asked for. The hosts in `holds`, and all if the slice is preempted, wait for SIGTERM or for a file `release`.
 `exits` gives single hosts an exit status of their own. A deaf one ignores SIGTERM.
+"orphan": a child outlives it by a second, with all that it inherited.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -37,6 +39,8 @@ def main(words: list[str]) -> int:
     if attempt.get("preempt") and host == "host0":
         with cloud() as state:
             state["queue"], state["node"] = attempt["preempt"]
+    if attempt.get("orphan"):
+        subprocess.Popen(["sleep", "1"], close_fds=False)
     while attempt.get("preempt") or host in attempt.get("holds", []):
         if os.path.exists(f"{CLOUD}/release"):
             break
