@@ -48,9 +48,9 @@ readonly REFUSED='PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|RESOURCE_EX
 '|SSH Key is not present|unrecognized arguments|Invalid value for|argument --'
 readonly GONE='NOT_FOUND|matched no objects|/status\.json not found|terminal state|cannot be currently connected'
 
-# call SECONDS ARG...: gcloud, within a time limit, and again after what may pass. Leaves its output in $OUT. Returns 0;
-# 4: there is no such thing (any more); 5: the retries are spent; 10, 11, 127: worker.sh refused, its setup failed, it is
-# not there. What only the user can mend ends the script with gcloud's own words.
+# call SECONDS ARG...: gcloud, within a time limit, and again after what may pass. Leaves its output in $OUT.
+# Returns 0; 4: there is no such thing (any more); 5: the retries are spent; 10, 11, 127: worker.sh refused, its setup
+# failed, it is not there. What only the user can mend ends the script with gcloud's own words.
 # shellcheck disable=SC2034 # OUT is read by the files that source this one
 call() {
   local limit=$1 attempt status why
