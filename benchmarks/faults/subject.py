@@ -8,6 +8,7 @@ answer also costs a question to the real pool of grading workers, whose verdict 
     FAULT=slow_checkpoint writing a checkpoint takes a second before it is committed
     FAULT=nan:STEP        one rollout's advantage in that step is not a number
     FAULT=hang:STEP       process 1 stops moving there
+    FAULT=clock           the wall clock, as Python sees it, steps at every step, while checkpoints are written
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dynamo_jax.tasks.arithmetic import ArithmeticVerifier
 from dynamo_jax.tasks.task import build_task
 from dynamo_jax.tasks.verifier import Verifier
 
+CLOCK_HOURS = (0, 3, -48, 19200, -120000, 5)  # offsets of the wall clock, one after the other
 FAULT, _, AT = os.environ.get("FAULT", "").partition(":")
 
 
@@ -76,13 +78,30 @@ class Faulty(loop.Trainer):
 
     def step(self, step: int) -> dict[str, Any]:
         self.now = step
+        clock.offset = 3600.0 * CLOCK_HOURS[step % len(CLOCK_HOURS)]
         if FAULT == "hang" and step == int(AT) and jax.process_index() == 1:
             time.sleep(3600)
         time.sleep(float(os.environ.get("PAUSE", "0")))
         return super().step(step)
 
 
+class Clock:
+    """Stands in for `time.time` and `time.time_ns`."""
+
+    def __init__(self) -> None:
+        self.offset, self.time, self.time_ns = 0.0, time.time, time.time_ns
+
+    def install(self) -> None:
+        time.time = lambda: self.time() + self.offset
+        time.time_ns = lambda: self.time_ns() + int(self.offset * 1e9)
+
+
+clock = Clock()
+
+
 def main() -> int:
+    if FAULT == "clock":
+        clock.install()
     build = build_task
     loop.Trainer = Faulty  # type: ignore[misc]
     loop.build_task = lambda c: dataclasses.replace(build(c), verifier=Hash(Path(c.run_dir).parent / "grading"))
