@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,8 @@ import numpy as np
 from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
+from dynamo_jax.bucket import locations
+from dynamo_jax.bucket_folder import open_run_folder
 from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import Config
 from dynamo_jax.evaluate import decode_rollouts, evaluate
@@ -83,14 +84,14 @@ def train(config: Config) -> None:
         stack.callback(task.verifier.close)
         trainer = Trainer(config, task, mesh)
         if jax.process_index() == 0:  # only this process writes
-            folder = stack.enter_context(RunFolder(config.run_dir))
+            trainer.folder = folder = stack.enter_context(open_run_folder(config.run_dir, config.checkpoint.patience))
             folder.check_or_write_config(config)
             stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
-            trainer.folder = folder
             trainer.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
         trainer.run()
         if jax.process_index() == 0:
-            write_report([folder.path], folder.path / "report.html")
+            for action in (partial(write_report, [folder.path], folder.path / "report.html"), folder.sync):
+                patiently(action, "the report", config.checkpoint.patience)
             log.info("The run is complete. See %s", folder.path / "report.html")
 
 
@@ -108,7 +109,7 @@ class Trainer:
     def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
         c = self.config = config
         self.task, self.mesh = task, mesh
-        self.run_dir = Path(c.run_dir)
+        self.places = locations(c.run_dir)
         self.root = jax.random.key(c.seed)
         self.decoder = decoder_config(c, task.tokenizer.size, mesh)
         graph, abstract_params = abstract_policy(self.decoder)
@@ -227,8 +228,9 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(self._signals())
             stack.callback(self.grading.close)
-            self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
-            done = self._resume()
+            opened = partial(Checkpointer, self.places.checkpoints, keep=c.checkpoint.keep)
+            self.checkpoints = stack.enter_context(self.patiently(opened, "the checkpoints"))
+            done = self.patiently(self._resume, "the newest checkpoint")
             if writer:
                 self.writer = stack.enter_context(RunWriter(self.folder, self.status, c, done))
             if done is None:
