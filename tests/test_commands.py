@@ -38,15 +38,6 @@ def damaged(trained: Path, folder: Path) -> Path:
     return folder
 
 
-def test_training_stops_at_a_damaged_checkpoint(capsys, tmp_path, trained):
-    run_dir = damaged(trained, tmp_path / "run")
-    before = snapshot(run_dir)
-    message = refused(capsys, "train", write_config(tmp_path))
-    assert f"{run_dir}/checkpoints/2: is damaged" in message
-    assert "Delete the folder" in message
-    assert snapshot(run_dir) == before
-
-
 @pytest.mark.parametrize("command", ["eval", "export"])
 def test_checkpoints_that_cannot_be_read(capsys, tmp_path, trained, command):
     config = write_config(tmp_path)
