@@ -10,7 +10,9 @@ setup(
     packages=find_packages(include=["dynamo_jax", "dynamo_jax.*"]),
     python_requires=">=3.11,<3.14",  # tested on 3.11 to 3.13
     install_requires=[
+        "etils[epath]>=1.9",
         "flax>=0.12",
+        "fsspec>=2024.6",
         "grain>=0.2.15",
         "jax>=0.9",
         "jinja2>=3.1",  # chat templates: transformers renders them with it but does not require it
@@ -32,6 +34,7 @@ setup(
     extras_require={
         "test": [
             "dockerfile-parse>=2.0",
+            "dynamo_jax[gcs]",  # against a bucket on loopback
             "google-cloud-batch>=0.17.30",  # the types that the job files of launch/ must be
             "google-cloud-tpu>=1.18",
             "hypothesis>=6.100",
@@ -46,9 +49,9 @@ setup(
             "types-PyYAML>=6.0",
         ],
         "math_verify": ["math-verify>=0.8"],  # only for task.reward.kind = math_verify_compat
+        "gcs": ["gcsfs>=2024.6", "google-cloud-storage>=2.18"],  # run_dir=gs://...; orbax asks through the second
         "tpu": ["jax[tpu]>=0.9"],
         "cuda": ["jax[cuda13]>=0.9"],
-        "gcs": ["gcsfs>=2024.6"],  # run folders in a bucket
         "wandb": ["wandb>=0.19"],
     },
     entry_points={"console_scripts": ["dynamo-jax = dynamo_jax.cli:main"]},

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dynamo_jax.bucket import is_remote, place
 from dynamo_jax.checkpoint_files import (
     UNFINISHED,
     CheckpointError,
@@ -38,6 +39,9 @@ from dynamo_jax.storage import StorageError, failing_quietly
 __all__ = ["CheckpointError", "CheckpointStorageError", "Checkpointer", "resolve_checkpoint"]
 
 TRASH_NAME = ".deleted"
+# What a process that has written its part waits for the others. Shorter than `checkpoint.patience`, so that a part that
+# cannot be written is tried again.
+COMMIT_SECONDS = 300
 # Not of the storage, whatever it does: trying again would not help.
 BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError)
 
@@ -61,16 +65,19 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | Path, keep: int, read_only: bool = False) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory = place(directory) if is_remote(directory) else Path(directory).absolute()
         self._read_only = read_only
         self._saving: int | None = None
         self._failed = False  # a save has, and may have left files
+        # A bucket that does not answer says nothing about a checkpoint; a disk says that it is broken.
+        self._trouble = CheckpointStorageError if is_remote(self.directory) else CheckpointError
+        self._unreadable = CheckpointStorageError if is_remote(self.directory) else UnreadableError
         _quiet_orbax()
         self._empty_trash()
         if read_only:
             _check_scores(self.directory)
         else:
-            _by_process_0(partial(set_damaged_aside, self.directory), self.directory)
+            _by_process_0(partial(set_damaged_aside, self.directory), self.directory, self._trouble)
         policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
             best_fn=_score_of,
@@ -79,16 +86,19 @@ class Checkpointer:
             create=False,
             cleanup_tmp_directories=not read_only,
             # Renamed in one go before it is removed: a kill in the middle of removing leaves no half checkpoint.
-            todelete_subdir=None if read_only else TRASH_NAME,
+            todelete_subdir=None if read_only or is_remote(self.directory) else TRASH_NAME,
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(keep),
                     policies.BestN(get_metric_fn=_score_of, n=1, keep_checkpoints_without_metrics=False),
                 ]
             ),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_files_list),
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=COMMIT_SECONDS, post_finalization_callback=self._write_files_list
+            ),
         )
-        with _as_checkpoint_error(self.directory, "cannot be opened", "Free space or permit writing there."):
+        remedy = "Free space or permit writing there."
+        with _as_checkpoint_error(self.directory, "cannot be opened", remedy, self._trouble):
             if not read_only and jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -168,7 +178,7 @@ class Checkpointer:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
             partial_restore=partial,
         )
-        with _as_checkpoint_error(folder, "cannot be read", delete_remedy(folder), UnreadableError):
+        with _as_checkpoint_error(folder, "cannot be read", delete_remedy(folder), self._unreadable):
             restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
         return restored["state"], data["host"]
 
@@ -184,11 +194,13 @@ class Checkpointer:
                 state, host = self.restore(step, abstract_state)
             except UnreadableError as error:
                 failure = error
-            if not agreed(failure is not None):
+            if not agreed(failure is not None):  # a process that raises something else ends the run of all
                 return step, state, host
             before = [known for known in self.steps() if known < step]
             wrong = {step: str(failure) if failure else "another process cannot read it"}
-            _by_process_0(partial(set_aside, self.directory, wrong, max(before, default=None)), self.directory)
+            _by_process_0(
+                partial(set_aside, self.directory, wrong, max(before, default=None)), self.directory, self._trouble
+            )
             self._manager.reload()
         return None
 
@@ -256,7 +268,7 @@ class Checkpointer:
         wrong = damage(folder) if step != self._whole else None
         if wrong:
             raise UnreadableError(f"{folder}: is damaged: {wrong}. {delete_remedy(folder)}")
-        with _as_checkpoint_error(folder, "cannot be read", delete_remedy(folder), UnreadableError):
+        with _as_checkpoint_error(folder, "cannot be read", delete_remedy(folder), self._unreadable):
             data: dict[str, Any] = json.loads((folder / "host" / "metadata").read_text())
             return {"host": data["host"], "arrays": data["arrays"]}
 
@@ -264,12 +276,15 @@ class Checkpointer:
         """In orbax's thread, when every process has written its files and before the rename that commits them."""
         if jax.process_index() != 0:
             return
-        unfinished = self.directory.glob(f"{self._saving}{UNFINISHED}*")
-        write_files_list(next(unfinished, self._folder(self._saving or 0)))
+        final = self._folder(self._saving or 0)
+        unfinished = [] if is_remote(final) else list(self.directory.glob(f"{self._saving}{UNFINISHED}*"))
+        write_files_list(unfinished[0] if unfinished else final)
 
     def _empty_trash(self) -> None:
+        if self._read_only or is_remote(self.directory) or jax.process_index() != 0:
+            return  # in a bucket orbax deletes at once
         trash = self.directory / TRASH_NAME
-        if not self._read_only and jax.process_index() == 0 and trash.exists():
+        if trash.exists():
             with _as_checkpoint_error(trash, "cannot be removed", "Delete that folder."):
                 shutil.rmtree(trash)
 

@@ -72,19 +72,21 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
+    from dynamo_jax.bucket import place
     from dynamo_jax.commands import eval_command
 
     ks = arguments.k or [k for k in DEFAULT_K if k <= arguments.samples]
     a = arguments
-    eval_command(config, a.checkpoint, a.benchmark, a.samples, ks, a.json, a.out, a.regrade)
+    eval_command(config, place(a.checkpoint), a.benchmark, a.samples, ks, a.json, a.out, a.regrade)
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
+    from dynamo_jax.bucket import place
     from dynamo_jax.commands import export_command
 
-    export_command(config, arguments.checkpoint, arguments.out)
+    export_command(config, place(arguments.checkpoint), arguments.out)
     return 0
 
 
@@ -96,9 +98,11 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from dynamo_jax.bucket_folder import local_copies
     from dynamo_jax.report import write_report
 
-    write_report(arguments.runs, arguments.out)
+    with local_copies(arguments.runs) as runs:
+        write_report(runs, arguments.out)
     sys.stdout.write(f"{arguments.out}\n")
     return 0
 
@@ -137,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--profile-steps", type=_steps, metavar="FIRST:LAST", help=text)
 
     command = with_config("eval", _eval, "Pass@1 and Pass@k with 95% intervals.")
-    command.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoints")
+    command.add_argument("--checkpoint", required=True, help="a run folder (or gs://...), or one of its checkpoints")
     text = "JSONL or Parquet; default: the config's held-out prompts"
     command.add_argument("--benchmark", nargs="+", default=[], metavar="FILE", help=text)
     command.add_argument("--samples", type=_positive, default=32, help="samples of each problem (default 32)")
@@ -148,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--regrade", action="store_true", help="judge the saved samples again, sample nothing")
 
     command = with_config("export", _export, "Write a folder that transformers and vLLM load.")
-    command.add_argument("--checkpoint", type=Path, required=True, help="a run folder, or one of its checkpoints")
+    command.add_argument("--checkpoint", required=True, help="a run folder (or gs://...), or one of its checkpoints")
     command.add_argument("--out", type=Path, required=True, help="the folder to make")
 
     command = with_config("plan", _plan, "Compile every program for a TPU slice without having one: does it fit?")
@@ -156,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "Curves and tables of runs, side by side, in one HTML file."
     command = commands.add_parser("report", help=text, description=text)
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or gs://...")
     command.add_argument("--out", type=Path, required=True, metavar="FILE.html")
     command.set_defaults(run=_report)
     return parser

@@ -17,7 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from dynamo_jax.bucket import is_remote
 from dynamo_jax.checkpoint import Checkpointer, resolve_checkpoint
+from dynamo_jax.checkpoint_files import written
 from dynamo_jax.config import Config
 from dynamo_jax.evaluate import Evaluation, decode_rollouts, right, table, wide_table
 from dynamo_jax.metrics import setup_logging
@@ -105,8 +107,13 @@ def eval_command(
 
 
 def _eval_folder(config: Config) -> Path:
-    """In the run's folder; beside it if no run was started there, which would refuse a folder that is not empty."""
+    """In the run's folder; beside it if no run was started there, which would refuse a folder that is not empty.
+
+    Of a run in a bucket, `<run>_eval` where the command is started.
+    """
     run = Path(config.run_dir)
+    if is_remote(config.run_dir):
+        return Path(f"{run.name}_eval")
     return run / "eval" if (run / "config.yaml").is_file() else run.with_name(f"{run.name}_eval")
 
 
@@ -121,8 +128,8 @@ def _identity(config: Config, checkpoint: Path, samples: int, regrade: bool) -> 
         label, source = f"step_{step}", directory / str(step)
     e = config.eval
     return label, {
-        "checkpoint": str(source.resolve()) if source else None,
-        "written": max(f.stat().st_mtime_ns for f in (source, *source.iterdir())) if source else None,
+        "checkpoint": str(source if is_remote(source) else source.resolve()) if source else None,
+        "written": written(source) if source else None,
         "samples": samples,
         "seed": config.seed,
         "max_tokens": config.rollout.max_tokens,

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dynamo_jax.checkpoint_files import step_folders
 from dynamo_jax.config import Config, ConfigError, differences, dump_config, resolved
 from dynamo_jax.storage import StorageError
 
@@ -131,6 +132,9 @@ class RunFolder:
             self.write_atomic(CONFIG_NAME, dump_config(config))
         return old is not None
 
+    def sync(self) -> None:
+        """Make all files safe against the loss of this machine, where the folder is in a bucket."""
+
     def close(self) -> None:
         """Give the folder free. The kernel does the same when the process dies."""
         if self._lock is not None:
@@ -141,11 +145,11 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
 
     def _has_checkpoint(self) -> bool:
-        return self.checkpoints.is_dir() and any(entry.name.isdigit() for entry in self.checkpoints.iterdir())
+        return bool(step_folders(self.checkpoints))
 
     def _read_config(self) -> dict[str, Any] | None:
         try:

@@ -21,7 +21,7 @@ class RunWriter:
 
     def __init__(self, folder: RunFolder, status: Status, config: Config, resume_step: int | None) -> None:
         options = config.logging
-        self.status = status
+        self.folder, self.status = folder, status
         self.rollouts = RolloutFiles(folder.path, options.rollouts_keep)
         self.metrics = MetricsLog(
             folder.path,
@@ -29,7 +29,7 @@ class RunWriter:
             tensorboard=options.tensorboard,
             wandb_project=options.wandb_project,
             config=resolved(config),
-            run_name=folder.path.name,
+            run_name=config.run_dir.rstrip("/").rpartition("/")[2],
         )
 
     def write(self, step: int, metrics: Mapping[str, Any], samples: str) -> None:
@@ -42,6 +42,7 @@ class RunWriter:
         """Make all of it safe before the checkpoint of `step`, which may not be newer. Raises as `write` does."""
         self.metrics.sync()
         self.status.update(step, now=True)
+        self.folder.sync()
 
     def __enter__(self) -> RunWriter:
         return self

@@ -37,7 +37,7 @@ def patiently(
     stop: Callable[[], None] = lambda: None,
     agree: Callable[[int], int] = lambda flag: flag,
 ) -> T:
-    """`action()`, tried again while it raises `StorageError` or `OSError`, for `patience` seconds.
+    """`action()`, tried again while it raises `StorageError` or `OSError`, for `patience` seconds after it first did.
 
     Each failed try is a warning that names `what`, the reason and the time left. `stop` is called meanwhile and may
     raise. `agree` is the largest of what the processes of the run give it: all of them call this function for the same
@@ -46,7 +46,8 @@ def patiently(
 
     Raises `TemporaryFailure` naming `what` and the reason once the time is over.
     """
-    began, slept, delay = time.monotonic(), 0.0, FIRST_DELAY
+    failed_at: float | None = None  # a first try may itself take long to fail, as with several processes
+    slept, delay = 0.0, FIRST_DELAY
     while True:
         error: Exception | None = None
         try:
@@ -56,7 +57,9 @@ def patiently(
         except Exception:
             agree(GIVE_UP)  # the others must not wait for a process that is gone
             raise
-        seconds = max(time.monotonic() - began, slept)
+        if error is not None and failed_at is None:
+            failed_at = time.monotonic()
+        seconds = max(time.monotonic() - failed_at, slept) if failed_at is not None else slept
         decision = agree(0 if error is None else AGAIN if seconds < patience else GIVE_UP)
         if not decision:
             return result

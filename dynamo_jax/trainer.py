@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,8 @@ import numpy as np
 from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
+from dynamo_jax.bucket import locations, place
+from dynamo_jax.bucket_folder import open_run_folder
 from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import Config
 from dynamo_jax.evaluate import evaluate
@@ -46,7 +47,7 @@ from dynamo_jax.rounds import (
     unfinished,
     unsatisfied,
 )
-from dynamo_jax.run_folder import RunFolder, Status
+from dynamo_jax.run_folder import CONFIG_NAME, RunFolder, Status
 from dynamo_jax.run_writer import RunWriter
 from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh, total
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
@@ -83,24 +84,23 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
         task = build_task(config)
         stack.callback(task.verifier.close)
         trainer = Trainer(config, task, mesh)
-        trainer.ending = ending
         if writer:
-            folder = stack.enter_context(RunFolder(config.run_dir))
+            trainer.folder = folder = stack.enter_context(open_run_folder(config.run_dir, config.checkpoint.patience))
             folder.check_or_write_config(config)
             stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
-            trainer.folder = folder
             trainer.status = ending.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
         _check_shared(config)
         trainer.run(profile)
         if writer:
-            write_report([folder.path], folder.path / "report.html")
+            for action in (partial(write_report, [folder.path], folder.path / "report.html"), folder.sync):
+                patiently(action, "the report", config.checkpoint.patience)
             log.info("The run is complete. See %s", folder.path / "report.html")
 
 
 def _check_shared(config: Config) -> None:
     """Wait for process 0 to open the run's folder. Raises `ValueError` where this process does not see it."""
     agreed(0)
-    if not (Path(config.run_dir) / "config.yaml").is_file():
+    if not (place(config.run_dir) / CONFIG_NAME).is_file():
         raise ValueError(
             f"run_dir = {config.run_dir}: process {jax.process_index()} does not see the folder that process 0 opened. "
             "Put it on a disk that all hosts share, or in a bucket."
@@ -121,7 +121,7 @@ class Trainer:
     def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
         c = self.config = config
         self.task, self.mesh = task, mesh
-        self.run_dir = Path(c.run_dir)
+        self.places = locations(c.run_dir)
         self.root = jax.random.key(c.seed)
         self.decoder = decoder_config(c, task.tokenizer.size, mesh)
         graph, abstract_params = abstract_policy(self.decoder)
@@ -143,7 +143,7 @@ class Trainer:
         self.grading = Grading(verdict_of(task.verifier))
         self.stopping, self.ending = Stopping(), Ending()
         self.patiently = partial(patiently, patience=c.checkpoint.patience, stop=self.stopping.check, agree=agreed)
-        self.xla_cache = XlaCache(str(self.run_dir / "xla_cache"))
+        self.xla_cache = XlaCache(self.places.xla_cache)
         self._samples = ""  # the step's, to be written with its metrics
         self._seconds: dict[str, float] = {}
         self._known: set[str] = set()  # phases that were gone through once, with their compilations
@@ -243,15 +243,16 @@ class Trainer:
                 stack.enter_context(self.xla_cache.enabled())
             self.watchdog = Watchdog(c.watchdog, end=self.ending.hangs)
             stack.callback(self.watchdog.close)
-            self.checkpoints = stack.enter_context(Checkpointer(self.run_dir / "checkpoints", keep=c.checkpoint.keep))
-            done = self._resume()
+            opened = partial(Checkpointer, self.places.checkpoints, keep=c.checkpoint.keep)
+            self.checkpoints = stack.enter_context(self.patiently(opened, "the checkpoints"))
+            done = self.patiently(self._resume, "the newest checkpoint")
             if writer:
                 self.writer = stack.enter_context(RunWriter(self.folder, self.status, c, done))
             if done is None:
                 self._start()
             self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
             stack.callback(self.bar.close)
-            self.profile = stack.enter_context(Profile(self.run_dir / "profile", profile if writer else None))
+            self.profile = stack.enter_context(Profile(self.places.work / "profile", profile if writer else None))
             stack.push(self.ending.announce)
             if done is None:
                 sizes = [leaf.size for leaf in jax.tree.leaves(self.state.params)]
@@ -354,8 +355,9 @@ class Trainer:
                 self.checkpoints.wait()
 
         sync = partial(self.writer.sync, step) if self.writer else _nothing
-        self.patiently(sync, f"the metrics up to step {step}")
-        self.patiently(save, f"the checkpoint of step {step}")
+        with PROGRESS.doing("checkpoint", patient=True):  # hosts may take their time with their parts
+            self.patiently(sync, f"the metrics up to step {step}")
+            self.patiently(save, f"the checkpoint of step {step}")
 
     def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
         """How many of the step's updates were skipped, each with a warning that names the metric and the step."""

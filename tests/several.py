@@ -33,7 +33,7 @@ class Witness(loop.Trainer):
         metrics = super().step(step)
         stats = jax.tree.map(lambda x: np.asarray(x).tolist(), to_host(self.stats))
         told = {k: v for k, v in metrics.items() if "per_second" not in k}
-        with open(self.run_dir.with_suffix(f".knows{jax.process_index()}"), "a") as file:
+        with open(self.places.work.with_suffix(f".knows{jax.process_index()}"), "a") as file:
             file.write(json.dumps({"step": step, "metrics": told, "stats": jax.tree.leaves(stats)}) + "\n")
         return metrics
 

@@ -1,23 +1,28 @@
-"""Runs whose storage fails them: damaged checkpoints, a full disk. What they leave equals an undisturbed run's."""
+"""Runs whose storage or machine fails them. What they leave equals what an undisturbed run does."""
 
 import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from buckets import gcs_of_module, hasty, in_bucket, machine, quick_locks  # noqa: F401 - two are fixtures
 from command_line import compiled_once, write_config  # noqa: F401 - a fixture of this module
+from fake_gcs import FakeGCS
 
-from dynamo_jax import cli, storage
+from dynamo_jax import bucket_folder, cli, storage
 from dynamo_jax import trainer as loop
-from dynamo_jax.checkpoint import Checkpointer
+from dynamo_jax.checkpoint import Checkpointer, resolve_checkpoint
 from dynamo_jax.metrics import read_metrics
 from dynamo_jax.run_writer import RunWriter
 from dynamo_jax.storage import TemporaryFailure
@@ -36,6 +41,14 @@ def result(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     rollouts = [path.read_text() for path in sorted((folder / "run" / "rollouts").iterdir())]
     timeless = [{k: v for k, v in x.items() if not k.startswith("time/") and "per_second" not in k} for x in lines]
     return timeless, rollouts
+
+
+def bucket_result(files: dict[str, bytes], folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    for name, data in files.items():
+        path = folder / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return result(folder)
 
 
 def status(folder: Path) -> tuple[str, int, str]:
@@ -160,14 +173,16 @@ def test_full_disk_is_waited_out_and_changes_nothing(
 
 
 def test_disk_that_stays_full_ends_the_run_which_goes_on_later(
-    whole: Any, disk: SmallDisk, naps: list[float], monkeypatch: pytest.MonkeyPatch
+    whole: Any,
+    disk: SmallDisk,
+    naps: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as context:
         before(context, RunWriter, "write", 2, disk.fill)
-        with pytest.raises(
-            TemporaryFailure, match=r"step 2: failed for 5 s: .*No space left.* the same command goes on"
-        ):
-            train(disk.path, "checkpoint.patience=5")
+        assert train(disk.path, "checkpoint.patience=5") == os.EX_TEMPFAIL
+    assert re.search(r"step 2: failed for 5 s: .*No space left.* the same command goes on", capsys.readouterr().err)
     assert sum(naps) == 5
     disk.free()
     assert train(disk.path) == 0
@@ -206,7 +221,98 @@ def test_status_tells_a_run_to_start_again_from_one_to_mend(
         raise error
 
     monkeypatch.setattr(loop.Trainer, "run", stop)
-    with contextlib.suppress(TemporaryFailure):
-        train(tmp_path)
+    assert train(tmp_path) == (os.EX_TEMPFAIL if state == "stopped" else 2)
     assert seen == [("running", 0, "")]
     assert status(tmp_path) == (state, 0, str(error))
+
+
+@pytest.mark.usefixtures("quick")
+def test_killed_run_goes_on_on_another_machine_and_is_read_from_there(
+    whole: Any, gcs: FakeGCS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, Path("unused"))
+    arguments = ["train", str(config), "run_dir=gs://bucket/runs/killed", "logging.tensorboard=true"]
+    machine(monkeypatch, tmp_path / "first")
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "dynamo_jax", *arguments, "trainer.steps=1000"]
+    process = subprocess.Popen(command, env={**os.environ, **cache})
+    try:
+        end = time.monotonic() + 60
+        while "bucket/runs/killed/checkpoints/2/commit_success.txt" not in gcs.objects and time.monotonic() < end:
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    saved = max(int(name.split("/")[4]) for name in gcs.names("bucket/runs/killed/checkpoints/") if "commit" in name)
+    steps = max(STEPS, saved + 1)
+    assert ".lock" in in_bucket(gcs, "bucket/runs/killed")
+
+    machine(monkeypatch, tmp_path / "second")
+    assert cli.main([*arguments, f"trainer.steps={steps}"]) == 0
+    files = in_bucket(gcs, "bucket/runs/killed")
+    lines, rollouts = bucket_result(files, tmp_path / "downloaded")
+    assert [line["step"] for line in lines] == list(range(steps + 1))
+    eval_names = {name for line in lines for name in line if name.startswith("eval/")}
+    expected = [{k: v for k, v in line.items() if k not in eval_names} for line in whole[0]]
+    assert [{k: v for k, v in line.items() if k not in eval_names} for line in lines[: STEPS + 1]] == expected
+    assert rollouts[:STEPS] == whole[1]
+    assert {"config.yaml", "report.html", "status.json"} <= files.keys()
+    assert json.loads(files["status.json"])["state"] == "complete"
+    assert ".lock" not in files
+    assert len([name for name in files if name.startswith("tensorboard/")]) == 2
+    committed = sorted(int(name.split("/")[1]) for name in files if name.endswith("s/commit_success.txt") or
+                       (name.count("/") == 2 and name.endswith("/commit_success.txt")))  # fmt: skip
+    assert committed[-1] == steps
+    assert resolve_checkpoint("gs://bucket/runs/killed")[1] == steps
+
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    run = "gs://bucket/runs/killed"
+    assert cli.main(["eval", str(config), f"run_dir={run}", "--checkpoint", run, "--samples", "2", "--k", "1"]) == 0
+    assert "heldout" in capsys.readouterr().out
+    assert (tmp_path / "killed_eval" / f"step_{steps}" / "results.json").is_file()
+    assert cli.main(["export", str(config), "--checkpoint", f"{run}/checkpoints", "--out", "exported"]) == 0
+    assert (tmp_path / "exported" / "config.json").is_file()
+    assert cli.main(["report", run, "--out", "page.html"]) == 0
+    assert "killed" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_bucket_that_fails_for_a_while_loses_nothing(
+    whole: Any, gcs: FakeGCS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, tmp_path / "work")
+    hasty(monkeypatch)
+    monkeypatch.setattr(bucket_folder, "BEAT_SECONDS", 60.0)  # the lock is not what fails here
+    failures: list[int] = []
+    save = Checkpointer.save
+
+    def failing(self: Checkpointer, step: int, *arguments: Any, **options: Any) -> bool:
+        if step in (1, STEPS) and step not in failures:
+            failures.append(step)
+            if step == 1:
+                gcs.fail(requests=7, match="uploadType=multipart")  # the mirror's
+            else:
+                gcs.fail(requests=6, match="files.json")  # in the background
+        return save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(Checkpointer, "save", failing)
+    tries: list[float] = []
+    sleep = storage._sleep
+
+    def counted(seconds: float, stop: Callable[[], None]) -> None:
+        tries.append(seconds)
+        sleep(0.05, stop)
+
+    monkeypatch.setattr(storage, "_sleep", counted)
+    config = write_config(tmp_path, Path("unused"))
+    before = gcs.refused
+    assert cli.main(["train", str(config), "run_dir=gs://bucket/runs/failing", f"trainer.steps={STEPS}"]) == 0
+    assert gcs.refused - before == 13
+    assert tries == [0.5, 0.5]
+    files = in_bucket(gcs, "bucket/runs/failing")
+    assert bucket_result(files, tmp_path / "downloaded") == whole
+    assert "checkpoints/3/commit_success.txt" in files
+    folders = {name.split("/")[1] for name in files if name.startswith("checkpoints/")}
+    assert all(f"checkpoints/{folder}/commit_success.txt" in files for folder in folders)

@@ -320,6 +320,19 @@ def full_disk(run: Run) -> Outcome:
     return Outcome("waits, says so, goes on when there is space", 0)
 
 
+@fault("one process of two cannot write its part of a checkpoint", processes=2)
+def failing_part(run: Run) -> Outcome:
+    run.start(fault="commit")
+    run.wait()
+    expect("Nothing is lost: trying again", run.said())
+    return Outcome("both try again", 0)
+
+
+@fault("the disk is full for a while, two processes", processes=2)
+def full_disk_of_two(run: Run) -> Outcome:
+    return full_disk(run)
+
+
 @fault("the disk stays full")
 def full_for_good(run: Run) -> Outcome:
     run.folder = run.beside / "disk" / "run"

@@ -8,6 +8,7 @@ answer also costs a question to the real pool of grading workers, whose verdict 
     FAULT=slow_checkpoint writing a checkpoint takes a second before it is committed
     FAULT=nan:STEP        one rollout's advantage in that step is not a number
     FAULT=hang:STEP       process 1 stops moving there
+    FAULT=commit          process 0 cannot commit its first two checkpoints, while the others have written their parts
     FAULT=clock           the wall clock, as Python sees it, steps at every step, while checkpoints are written
 """
 
@@ -105,6 +106,16 @@ def main() -> int:
     build = build_task
     loop.Trainer = Faulty  # type: ignore[misc]
     loop.build_task = lambda c: dataclasses.replace(build(c), verifier=Hash(Path(c.run_dir).parent / "grading"))
+    if FAULT == "commit":
+        checkpoint.COMMIT_SECONDS = 5
+        write, failures = checkpoint.Checkpointer._write_files_list, iter([True, True])
+
+        def failing(self: checkpoint.Checkpointer) -> None:
+            if jax.process_index() == 0 and next(failures, False):
+                raise OSError(28, os.strerror(28))
+            write(self)
+
+        checkpoint.Checkpointer._write_files_list = failing  # type: ignore[method-assign]
     if FAULT == "slow_checkpoint":
         commit = checkpoint.Checkpointer._write_files_list
 

@@ -13,6 +13,7 @@ from dynamo_jax.report import charts, tables
 from dynamo_jax.report.plots import COLORS, DASHES
 from dynamo_jax.report.runs import load_runs
 from dynamo_jax.report.template import STYLE, TEMPLATE
+from dynamo_jax.storage import StorageError
 
 # Model output may hold anything. Escaping is the template's work; these would still act on a terminal or an editor
 # that the file is opened in, or turn the text around: control characters become their pictures, the rest a mark.
@@ -62,7 +63,7 @@ def _write(out: Path, page: str) -> None:
         temporary.write_bytes(page.encode("utf-8", "replace"))
         os.replace(temporary, out)
     except OSError as error:
-        raise ValueError(
+        raise StorageError(
             f"{out}: cannot be written: {error.strerror}. Give --out a file name in a folder that exists, "
             "is writable and has space left."
         ) from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from dynamo_jax.bucket import locations
 from dynamo_jax.config import Config
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
 from dynamo_jax.tasks.known_golds import known_problem
@@ -74,7 +75,7 @@ def build_task(config: Config) -> Task:
         train, heldout = _arithmetic(config, tokenizer)
         return Task(tokenizer, train, (heldout,), build_verifier(config))
     train = _read(config.task.train, tokenizer, config)
-    verifier = build_verifier(config, Path(config.run_dir) / KILLED_ANSWERS)
+    verifier = build_verifier(config, locations(config.run_dir).work / KILLED_ANSWERS)
     return Task(tokenizer, train, eval_prompts(config, tokenizer, ()), verifier)
 
 
