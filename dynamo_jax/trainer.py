@@ -258,7 +258,8 @@ class Trainer:
                 sizes = [leaf.size for leaf in jax.tree.leaves(self.state.params)]
                 self._finish(0, {"policy/parameters": sum(sizes), **self._evaluate(), **self._times()})
             for step in range((done or 0) + 1, c.trainer.steps + 1):
-                self._run_step(step)
+                with PROGRESS.doing(f"step {step}", patient="update" not in self._known):
+                    self._run_step(step)
             self._save(max(done or 0, c.trainer.steps), self._score, last=True)
 
     def _run_step(self, step: int) -> None:
