@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -27,8 +28,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
+from fake_gcs import FakeGCS  # noqa: E402
 from kill_resume import compare, compare_rollouts, last_step, read  # noqa: E402
 
 STEPS = 7
@@ -67,6 +69,8 @@ class Run:
     def __init__(self, folder: Path, count: int = 1) -> None:
         self.folder, self.count, self.starts = folder / "run", count, 0
         self.beside = folder
+        self.address: str | None = None  # where `folder` is only a working folder
+        self.environ: dict[str, str] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, *overrides: str, fault: str = "", pause: float = 0.0, **environ: str) -> None:
@@ -83,9 +87,9 @@ class Run:
                 "JAX_PROCESS_ID": str(index),
                 "DYNAMO_JAX_HOST_NAME": f"host{index}",
             }
-            variables = os.environ | {"FAULT": fault, "PAUSE": str(pause)} | environ
+            variables = os.environ | {"FAULT": fault, "PAUSE": str(pause)} | self.environ | environ
             variables |= several if self.count > 1 else {}
-            words = [*(MESH if self.count > 1 else ()), f"run_dir={self.folder}", *overrides]
+            words = [*(MESH if self.count > 1 else ()), f"run_dir={self.address or self.folder}", *overrides]
             command = [sys.executable, str(ROOT / "benchmarks" / "faults" / "subject.py"), str(config), *words]
             with open(self.log(index), "wb") as log:
                 self.processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log))
@@ -354,6 +358,86 @@ def full_for_good(run: Run) -> Outcome:
         shutil.copytree(run.folder, run.beside / "run")
     run.folder = run.beside / "run"
     return Outcome("ends with 75 after `checkpoint.patience`, with 2 at the start", again)
+
+
+@contextlib.contextmanager
+def bucket(run: Run) -> Iterator[FakeGCS]:
+    """The run folder is in a bucket on loopback; at the end it is downloaded to where it is compared."""
+    with FakeGCS() as server:
+        run.environ = server.environment() | {"DYNAMO_JAX_WORK_DIR": str(run.beside / "machine1")}
+        run.address, run.folder = "gs://faults/run", run.beside / "machine1" / f"run-{_hash('gs://faults/run')}"
+        yield server
+        for name in server.names("faults/run/"):
+            path = run.beside / "downloaded" / name.removeprefix("faults/run/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(server.objects[name][0])
+    run.folder = run.beside / "downloaded"
+
+
+def _hash(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:8]
+
+
+def another_machine(run: Run) -> None:
+    """What was on the machine's own disk is gone."""
+    run.environ["DYNAMO_JAX_WORK_DIR"] = str(run.beside / "machine2")
+    run.folder = run.beside / "machine2" / run.folder.name
+
+
+@fault("a bucket answers 503 for a while")
+def bucket_errs(run: Run) -> Outcome:
+    with bucket(run) as server:
+        run.start(pause=0.2)
+        run.until_step(2)
+        server.fail(seconds=45.0)  # longer than the libraries try by themselves
+        run.wait()
+        if not server.refused:
+            raise Failed("it refused nothing")
+        expect("Nothing is lost: trying again", run.said())
+    return Outcome(f"waits; {server.refused} requests were refused", 0)
+
+
+@fault("kill -9, the run is in a bucket, the machine's disk is lost")
+def bucket_other_machine(run: Run) -> Outcome:
+    with bucket(run):
+        run.start(pause=0.2)
+        run.until_step(5)
+        run.kill()
+        run.wait(-signal.SIGKILL)
+        done = last_step(run.folder)
+        another_machine(run)
+        run.finish()
+        resumed = re.search(r"Resuming after step (\d+)", run.said())
+    return Outcome("another machine goes on from the bucket", done - int(resumed[1]) if resumed else done)
+
+
+@fault("kill -9 of one process of two, the run is in a bucket", processes=2)
+def bucket_of_two(run: Run) -> Outcome:
+    with bucket(run):
+        run.start(pause=0.2)
+        run.until_step(5)
+        run.kill(1)
+        seconds = run.wait(TEMPFAIL, -signal.SIGKILL)
+        done = last_step(run.folder)
+        another_machine(run)
+        run.finish()
+        resumed = re.search(r"Resuming after step (\d+)", run.said())
+    return Outcome("other machines go on from the bucket", done - int(resumed[1]) if resumed else done, seconds)
+
+
+@fault("a second process on a run in a bucket")
+def bucket_second(run: Run) -> Outcome:
+    with bucket(run):
+        run.start(pause=6.0)  # longer than the 30 s after which a lock is thought dead
+        run.until_step(1)
+        other = Run(run.beside)
+        other.environ = run.environ | {"DYNAMO_JAX_WORK_DIR": str(run.beside / "machine3")}
+        other.address, other.starts = run.address, 10
+        other.start()
+        other.wait(2)
+        expect(r"is in use by process \d+ on host", other.said())
+        run.wait()
+    return Outcome("refused with 2, naming the first, which goes on", 0)
 
 
 def worker_of(run: Run) -> int | None:
