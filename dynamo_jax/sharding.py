@@ -15,9 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dynamo_jax.cluster import HEARTBEAT_SECONDS, SHUTDOWN_SECONDS, Cluster, cluster_of, tpu_is_here
 from dynamo_jax.config import MeshConfig
-from dynamo_jax.progress import PROGRESS
+from dynamo_jax.hosts.cluster import HEARTBEAT_SECONDS, SHUTDOWN_SECONDS, Cluster, cluster_of, tpu_is_here
+from dynamo_jax.hosts.progress import PROGRESS
 
 log = logging.getLogger("dynamo_jax")
 

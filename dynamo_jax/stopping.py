@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from dynamo_jax.peers import Peers
+from dynamo_jax.hosts.peers import Peers
 from dynamo_jax.run_folder import Status
 from dynamo_jax.sharding import agreed
 from dynamo_jax.storage import TemporaryFailure

@@ -21,15 +21,16 @@ from dynamo_jax.bucket_folder import open_run_folder
 from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import Config
 from dynamo_jax.evaluate import evaluate
+from dynamo_jax.hosts.peers import watched
+from dynamo_jax.hosts.progress import PROGRESS
+from dynamo_jax.hosts.watchdog import Watchdog
 from dynamo_jax.judge import Judge
 from dynamo_jax.metrics import ProgressBar, setup_logging
 from dynamo_jax.objective import group_advantage, group_weight
-from dynamo_jax.peers import watched
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf
 from dynamo_jax.policy.model import abstract_policy, init_policy, param_shardings
 from dynamo_jax.profiling import Profile
-from dynamo_jax.progress import PROGRESS
 from dynamo_jax.report import write_report
 from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import join
@@ -58,7 +59,6 @@ from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
 from dynamo_jax.update import Programs, TrainState
 from dynamo_jax.warmup import warm_up
-from dynamo_jax.watchdog import Watchdog
 from dynamo_jax.xla_cache import XlaCache
 
 log = logging.getLogger("dynamo_jax")

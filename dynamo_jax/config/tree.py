@@ -326,7 +326,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, config=_strict)
 class WatchdogConfig:
-    """When the stacks of all threads are shown, and when a run that does not move is ended. See `watchdog.py`."""
+    """When the stacks of all threads are shown, and when a run that does not move is ended. See `hosts/watchdog.py`."""
 
     factor: Annotated[float, Field(gt=1.0)] = 10.0  # times the median of steps, evaluations or checkpoints
     floor_seconds: PositiveFloat = 1.0  # nothing shorter is suspicious

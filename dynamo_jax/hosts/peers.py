@@ -25,8 +25,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dynamo_jax.cluster import host_name
-from dynamo_jax.progress import PROGRESS, Progress, Standing
+from dynamo_jax.hosts.cluster import host_name
+from dynamo_jax.hosts.progress import PROGRESS, Progress, Standing
 
 log = logging.getLogger("dynamo_jax")
 

@@ -4,7 +4,7 @@ import glob
 
 import pytest
 
-from dynamo_jax.cluster import PORT, Cluster, cluster_of, host_name, tpu_is_here
+from dynamo_jax.hosts.cluster import PORT, Cluster, cluster_of, host_name, tpu_is_here
 
 PLAIN = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SRUN = {
@@ -107,7 +107,7 @@ def test_tpu_hosts_are_known_by_their_environment_or_their_devices(monkeypatch):
     found = {"/dev/vfio/[0-9]*": ["/dev/vfio/0"]}
     monkeypatch.setattr(glob, "glob", lambda pattern: found.get(pattern, []))
     assert not tpu_is_here({})  # another device that is passed through
-    monkeypatch.setattr("dynamo_jax.cluster._has_tpu_on_pci", lambda: True)
+    monkeypatch.setattr("dynamo_jax.hosts.cluster._has_tpu_on_pci", lambda: True)
     assert tpu_is_here({})
 
 

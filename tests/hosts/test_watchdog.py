@@ -7,7 +7,7 @@ import time
 import pytest
 
 from dynamo_jax.config import WatchdogConfig
-from dynamo_jax.watchdog import ENOUGH, Watchdog
+from dynamo_jax.hosts.watchdog import ENOUGH, Watchdog
 
 FAST = {"factor": 10.0, "floor_seconds": 0.05, "end_seconds": None}
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from dynamo_jax import peers as module
-from dynamo_jax.peers import Link, Peers, laggard, watched
-from dynamo_jax.progress import Progress, Standing
+from dynamo_jax.hosts import peers as module
+from dynamo_jax.hosts.peers import Link, Peers, laggard, watched
+from dynamo_jax.hosts.progress import Progress, Standing
 
 COUNT = 3
 
