@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from dynamo_jax.batch import Rollouts
+from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.rollout.sampler import Sampler
 from dynamo_jax.sharding import own_share, total
 from dynamo_jax.tasks.extract import extract
@@ -79,11 +80,12 @@ def evaluate(
     prompt_of_B = np.repeat(np.arange(len(prompts)), samples)
     rollouts = sampler.sample(params, batch, prompt_of_B, key)
     share = own_share(len(prompt_of_B))  # every process decodes and grades its own
-    texts = decode_rollouts(jax.tree.map(lambda x: x[share], rollouts), tokenizer)
-    pairs = list(zip(texts, (batch.answers[p] for p in prompt_of_B[share]), strict=True))
     judged_2B = np.zeros((2, len(prompt_of_B)), np.int32)
-    judged_2B[0, share] = right(verifier, pairs)
-    judged_2B[1, share] = [extract(text) is None for text in texts]
+    with PROGRESS.doing("grade the evaluation", patient=True):  # one process may have all the answers that take long
+        texts = decode_rollouts(jax.tree.map(lambda x: x[share], rollouts), tokenizer)
+        pairs = list(zip(texts, (batch.answers[p] for p in prompt_of_B[share]), strict=True))
+        judged_2B[0, share] = right(verifier, pairs)
+        judged_2B[1, share] = [extract(text) is None for text in texts]
     correct_B, no_answer_B = total(judged_2B).astype(bool)
     shape = (len(prompts), samples)
     return Evaluation(

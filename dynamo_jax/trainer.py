@@ -92,9 +92,11 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
         _check_shared(config)
         trainer.run(profile)
         if writer:
-            for action in (partial(write_report, [folder.path], folder.path / "report.html"), folder.sync):
-                patiently(action, "the report", config.checkpoint.patience)
+            with PROGRESS.doing("report", patient=True):
+                for action in (partial(write_report, [folder.path], folder.path / "report.html"), folder.sync):
+                    patiently(action, "the report", config.checkpoint.patience)
             log.info("The run is complete. See %s", folder.path / "report.html")
+        agreed(0)  # leave together: jax does not wait for long at the exit
 
 
 def _check_shared(config: Config) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 PORT = 8476  # of process 0, where the environment names its host only
 HEARTBEAT_SECONDS = 50  # jax's own notice of a lost process; `peers.py` is sooner and knows its name
-SHUTDOWN_SECONDS = 30  # a process that ends waits so long for the others
+SHUTDOWN_SECONDS = 60  # a process that ends waits so long for the others
 
 
 class Cluster(NamedTuple):

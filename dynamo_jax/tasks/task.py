@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from dynamo_jax.bucket import locations
 from dynamo_jax.config import Config
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
@@ -75,7 +77,8 @@ def build_task(config: Config) -> Task:
         train, heldout = _arithmetic(config, tokenizer)
         return Task(tokenizer, train, (heldout,), build_verifier(config))
     train = _read(config.task.train, tokenizer, config)
-    verifier = build_verifier(config, locations(config.run_dir).work / KILLED_ANSWERS)
+    writer = jax.process_index() == 0  # of several processes only this one writes in the run's folder
+    verifier = build_verifier(config, locations(config.run_dir).work / KILLED_ANSWERS if writer else None)
     return Task(tokenizer, train, eval_prompts(config, tokenizer, ()), verifier)
 
 
