@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -232,6 +233,7 @@ class Status:
         self.folder, self.steps, self.stopped = folder, steps, stopped
         self._step = self._old_step()
         self._written = 0.0
+        self._mutex = threading.Lock()  # a thread may have the last word
 
     def update(self, step: int, now: bool = False) -> None:
         """`step` is done. Written `now`, or if the file is older than `STATUS_SECONDS`."""
@@ -268,7 +270,8 @@ class Status:
             "state": state, "step": self._step, "steps": self.steps, "message": message,
             "host": socket.gethostname(), "pid": os.getpid(),
         }  # fmt: skip
-        self.folder.write_atomic(STATUS_NAME, json.dumps(values) + "\n")
+        with self._mutex:
+            self.folder.write_atomic(STATUS_NAME, json.dumps(values) + "\n")
         self._written = time.monotonic()
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from dynamo_jax.agreement import check_same_run
 from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
-from dynamo_jax.bucket import locations, place
+from dynamo_jax.bucket import locations
 from dynamo_jax.bucket_folder import open_run_folder
 from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import Config
@@ -48,7 +49,7 @@ from dynamo_jax.rounds import (
     unfinished,
     unsatisfied,
 )
-from dynamo_jax.run_folder import CONFIG_NAME, RunFolder, Status
+from dynamo_jax.run_folder import RunFolder, Status
 from dynamo_jax.run_writer import RunWriter
 from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh, total
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
@@ -89,7 +90,7 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
             folder.check_or_write_config(config)
             stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
             trainer.status = ending.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
-        _check_shared(config)
+        check_same_run(config, task)
         trainer.run(profile)
         if writer:
             with PROGRESS.doing("report", patient=True):
@@ -97,16 +98,6 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
                     patiently(action, "the report", config.checkpoint.patience)
             log.info("The run is complete. See %s", folder.path / "report.html")
         agreed(0)  # leave together: jax does not wait for long at the exit
-
-
-def _check_shared(config: Config) -> None:
-    """Wait for process 0 to open the run's folder. Raises `ValueError` where this process does not see it."""
-    agreed(0)
-    if not (place(config.run_dir) / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"run_dir = {config.run_dir}: process {jax.process_index()} does not see the folder that process 0 opened. "
-            "Put it on a disk that all hosts share, or in a bucket."
-        )
 
 
 class Trainer:
