@@ -47,7 +47,7 @@ def test_rollouts_by_hand() -> None:
     prompt_of_B = np.array([0, 0, 1, 1, 1, 2, 2])
     slots, names = np.arange(3), ("a", "b", "c")
     prompts = PromptBatch(slots, slots[:, None], slots, names, names, names)
-    metrics = rollout_metrics(Pool(prompts, prompt_of_B, rollouts, ("",) * 7, reward_B > 0.5, reward_B), seconds=0.5)
+    metrics = rollout_metrics(Pool(prompts, prompt_of_B, rollouts, reward_B > 0.5, reward_B), seconds=0.5)
     assert metrics == {
         "reward/mean": pytest.approx(3 / 7),
         "reward/right": pytest.approx(3 / 7),
