@@ -17,6 +17,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,7 @@ BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 30.0  # a busy host may starve a thread for seconds, not for so long
 HANG_SECONDS = 40.0  # above the wall-clock limit of one answer's grading (`tasks/verifier.py`) by default
 CONNECT_SECONDS = 60.0
+HELLO_SECONDS = 5.0
 GREETING_BYTES = 1024
 MESSAGE_BYTES = 4096
 
@@ -112,18 +114,22 @@ class Peers:
 
     def _accept(self, server: socket.socket, secret: str) -> dict[int, Link]:
         links: dict[int, Link] = {}
-        server.settimeout(CONNECT_SECONDS)
+        until = time.monotonic() + CONNECT_SECONDS
         while len(links) < self._count - 1:
+            server.settimeout(max(until - time.monotonic(), 0.01))
             try:
                 connection, _ = server.accept()
-                link = Link(connection)
-                hello = link.receive() or {}
             except TimeoutError:
                 missing = sorted(set(range(1, self._count)) - links.keys())
                 raise ValueError(f"processes {missing} did not connect to process 0. {_FIREWALL}") from None
+            link = Link(connection)
+            connection.settimeout(HELLO_SECONDS)
+            try:
+                hello = link.receive() or {}
             except (OSError, ValueError):
-                continue  # not one of ours
+                continue  # a stranger, who may as well be silent
             if hello.get("secret") == secret:
+                connection.settimeout(SILENCE_SECONDS)
                 links[int(hello["process"])] = link
                 self._hosts[int(hello["process"])] = str(hello["host"])
         return links

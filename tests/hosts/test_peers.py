@@ -176,6 +176,28 @@ def test_strangers_are_not_taken_for_a_process(monkeypatch):
         Peers(0, 2, strangers, lambda *_: None, Progress(), "host0")
 
 
+def test_a_silent_stranger_keeps_nobody_out(monkeypatch):
+    monkeypatch.setattr(module, "HELLO_SECONDS", 0.2)
+    greetings: queue.Queue[dict] = queue.Queue()
+    held = []
+
+    def first_a_stranger(message: dict) -> dict:
+        held.append(socket.create_connection(("127.0.0.1", message["port"])))
+        greetings.put(message)
+        return message
+
+    def join() -> None:
+        held.append(Peers(1, 2, lambda _: greetings.get(timeout=10), lambda *_: None, Progress(), "host1"))
+
+    joining = threading.Thread(target=join)
+    joining.start()
+    zero = Peers(0, 2, first_a_stranger, lambda *_: None, Progress(), "host0")
+    joining.join(10)
+    assert zero._hosts == {0: "host0", 1: "host1"}
+    for peers in (zero, held[-1]):
+        peers.close()
+
+
 def test_an_unreachable_process_0_is_an_error_with_a_remedy():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
