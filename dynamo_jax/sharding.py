@@ -156,6 +156,14 @@ def _gathered(x: Any) -> np.ndarray:
         return np.asarray(multihost_utils.process_allgather(x))
 
 
+def of_process_0(tree: Any) -> Any:
+    """Process 0's host arrays on every process, which must all call it with arrays of the same shapes."""
+    if jax.process_count() == 1:
+        return tree
+    with PROGRESS.meeting():
+        return jax.device_get(multihost_utils.broadcast_one_to_all(tree))
+
+
 def own_share(size: int) -> slice:
     """This process's part of `size` rows: those that its devices hold, where the mesh splits rows in process order."""
     index, count = jax.process_index(), jax.process_count()

@@ -91,10 +91,10 @@ def _sleep(seconds: float, stop: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def failing_quietly(already: object) -> Iterator[None]:
-    """A `StorageError` is only a warning where something has failed `already`: that is what ends the run."""
+    """Failing storage is only a warning where something has failed `already`: that is what ends the run."""
     try:
         yield
-    except StorageError as error:
+    except (StorageError, OSError) as error:
         if already is None:
             raise
         log.warning("%s", error)

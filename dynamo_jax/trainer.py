@@ -51,7 +51,7 @@ from dynamo_jax.rounds import (
 )
 from dynamo_jax.run_folder import RunFolder, Status
 from dynamo_jax.run_writer import RunWriter
-from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh, total
+from dynamo_jax.sharding import agreed, make_mesh, of_process_0, sharding, start_devices, to_host, to_mesh, total
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
 from dynamo_jax.stopping import Ending, Interrupted, Stopping
 from dynamo_jax.storage import TemporaryFailure, patiently
@@ -281,7 +281,8 @@ class Trainer:
             heldout = [prompt.text for prompts in self.task.evals for prompt in prompts.prompts]
             log.info("Supervised warm-up: %d steps", c.warmup.steps)
             alone = dataclasses.replace(self.decoder, mesh=None)
-            host = warm_up(alone, c, heldout, key, lambda _: self.stopping.check())
+            # Every process trains its own, alike; hosts of another make may differ in the last bit.
+            host = of_process_0(warm_up(alone, c, heldout, key, lambda _: self.stopping.check()))
             params = to_mesh(host, param_shardings(host, self.mesh))
         else:
             params = init_policy(self.decoder, key)

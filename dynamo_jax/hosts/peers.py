@@ -168,6 +168,8 @@ class Peers:
                 message = link.receive()
             except TimeoutError:
                 return self._end(f"nothing was heard of {self._name(process)} for {SILENCE_SECONDS:.0f} s")
+            except ConnectionError:  # killed with something of ours unread, which resets the connection
+                message = None
             except (OSError, ValueError) as error:
                 return self._end(f"the connection to {self._name(process)} broke: {error}")
             if message is None:
