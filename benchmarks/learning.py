@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamo_jax.metrics import read_metrics
+from dynamo_jax.run.metrics import read_metrics
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "arithmetic_cpu.yaml"
 SCORES = ("eval/heldout/pass@1", "eval/heldout/pass@8")

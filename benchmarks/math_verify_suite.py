@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynamo_jax.tasks import Verifier
-from dynamo_jax.tasks.extract import extract
+from dynamo_jax.tasks.grading.extract import extract
 
 
 class Case(NamedTuple):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamo_jax.metrics import read_metrics
+from dynamo_jax.run.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "configs" / "methods"

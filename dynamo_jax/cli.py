@@ -55,8 +55,8 @@ def _leave(status: int) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    from dynamo_jax.stopping import Interrupted
-    from dynamo_jax.storage import TemporaryFailure
+    from dynamo_jax.run.stopping import Interrupted
+    from dynamo_jax.run.storage import TemporaryFailure
     from dynamo_jax.trainer import train
 
     try:
@@ -72,8 +72,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    from dynamo_jax.bucket import place
-    from dynamo_jax.commands import eval_command
+    from dynamo_jax.evaluation.command import eval_command
+    from dynamo_jax.run.bucket import place
 
     ks = arguments.k or [k for k in DEFAULT_K if k <= arguments.samples]
     a = arguments
@@ -83,10 +83,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    from dynamo_jax.bucket import place
-    from dynamo_jax.commands import export_command
+    from dynamo_jax.policy.export import export_command
+    from dynamo_jax.run.bucket import place
+    from dynamo_jax.tasks.task import build_tokenizer
 
-    export_command(config, place(arguments.checkpoint), arguments.out)
+    export_command(config, place(arguments.checkpoint), arguments.out, build_tokenizer(config).size)
     return 0
 
 
@@ -98,8 +99,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dynamo_jax.bucket_folder import local_copies
     from dynamo_jax.report import write_report
+    from dynamo_jax.run.bucket_folder import local_copies
 
     with local_copies(arguments.runs) as runs:
         write_report(runs, arguments.out)

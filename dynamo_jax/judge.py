@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from dynamo_jax.batch import Rollouts
-from dynamo_jax.evaluate import decode_rollouts
 from dynamo_jax.hosts.progress import PROGRESS
+from dynamo_jax.rollout.text import decode_rollouts
 from dynamo_jax.sharding import own_share, total
 from dynamo_jax.tasks.rewards import Grader, Grading, added_reward, verdict_of
 from dynamo_jax.tasks.tokenizer import Tokenizer

@@ -22,9 +22,9 @@ import numpy as np
 from dynamo_jax.allocation.reinforce_ada import balanced_choice, satisfied
 from dynamo_jax.batch import Pool, PromptBatch
 from dynamo_jax.config import Config
-from dynamo_jax.evaluate import decode_rollouts
 from dynamo_jax.objective import overlong_penalty
 from dynamo_jax.rollout.sampler import join
+from dynamo_jax.rollout.text import decode_rollouts
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
 EMPTY = -1  # a row of the training batch without a rollout

@@ -13,25 +13,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from dynamo_jax.agreement import check_same_run
 from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
-from dynamo_jax.bucket import locations
-from dynamo_jax.bucket_folder import open_run_folder
-from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import Config
-from dynamo_jax.evaluate import evaluate
+from dynamo_jax.evaluation.scores import evaluate
 from dynamo_jax.hosts.peers import watched
 from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.hosts.watchdog import Watchdog
 from dynamo_jax.judge import Judge
-from dynamo_jax.metrics import ProgressBar, setup_logging
 from dynamo_jax.objective import group_advantage, group_weight
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf
 from dynamo_jax.policy.model import abstract_policy, init_policy, param_shardings
-from dynamo_jax.profiling import Profile
 from dynamo_jax.report import write_report
 from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import join
@@ -49,18 +43,24 @@ from dynamo_jax.rounds import (
     unfinished,
     unsatisfied,
 )
-from dynamo_jax.run_folder import RunFolder, Status
-from dynamo_jax.run_writer import RunWriter
+from dynamo_jax.run.agreement import check_same_run
+from dynamo_jax.run.bucket import locations
+from dynamo_jax.run.bucket_folder import open_run_folder
+from dynamo_jax.run.checkpoint import Checkpointer
+from dynamo_jax.run.folder import RunFolder, Status
+from dynamo_jax.run.metrics import ProgressBar, setup_logging
+from dynamo_jax.run.profiling import Profile
+from dynamo_jax.run.stopping import Ending, Interrupted, Stopping
+from dynamo_jax.run.storage import TemporaryFailure, patiently
+from dynamo_jax.run.writer import RunWriter
+from dynamo_jax.run.xla_cache import XlaCache
 from dynamo_jax.sharding import agreed, make_mesh, of_process_0, sharding, start_devices, to_host, to_mesh, total
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
-from dynamo_jax.stopping import Ending, Interrupted, Stopping
-from dynamo_jax.storage import TemporaryFailure, patiently
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
 from dynamo_jax.update import Programs, TrainState
 from dynamo_jax.warmup import warm_up
-from dynamo_jax.xla_cache import XlaCache
 
 log = logging.getLogger("dynamo_jax")
 
@@ -90,7 +90,7 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
             folder.check_or_write_config(config)
             stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
             trainer.status = ending.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
-        check_same_run(config, task)
+        check_same_run(config, task.fingerprints)
         trainer.run(profile)
         if writer:
             with PROGRESS.doing("report", patient=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fake_gcs import FakeGCS, shared_gcs
 
-from dynamo_jax import bucket_folder
+from dynamo_jax.run import bucket_folder
 
 
 @pytest.fixture(name="gcs", scope="module")

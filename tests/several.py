@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_trainer import Coin
+from small_runs import Coin
 
 from dynamo_jax import cli
 from dynamo_jax import trainer as loop

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from command_line import MATH, no_work, refused, snapshot, write_config
 
-from dynamo_jax import cli, run_folder
+from dynamo_jax import cli
 from dynamo_jax import trainer as loop
+from dynamo_jax.run import folder
 
 
 def run(*argv: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +31,7 @@ def test_a_config_error_needs_no_jax(tmp_path):
     code = """
 import sys
 from dynamo_jax import cli
+from dynamo_jax.run import folder
 status = cli.main(sys.argv[1:])
 slow = {"jax", "numpy", "orbax", "transformers", "flax", "grain"} & set(sys.modules)
 sys.exit(f"imported {slow}" if slow else status)
@@ -92,7 +94,7 @@ def test_wrong_words(capsys, words, expected):
 def test_overrides_may_stand_anywhere(monkeypatch, words):
     seen = []
     monkeypatch.setattr(cli, "load_config", lambda path, overrides: seen.append((path, overrides)))
-    monkeypatch.setattr("dynamo_jax.commands.eval_command", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("dynamo_jax.evaluation.command.eval_command", lambda *arguments: seen.append(arguments))
     assert cli.main(["eval", *words.split()]) == 0
     assert seen[0] == (Path("c.yaml"), ["seed=1", "eval.k=[1,2]"])
     assert seen[1] == (None, Path("a=b"), ["x/a=b.jsonl", "y"], 32, [1, 2], None, None, False)
@@ -106,7 +108,7 @@ def test_a_report_takes_runs_with_any_name(capsys, tmp_path):
 def test_the_default_k_is_what_the_samples_allow(monkeypatch, samples, ks):
     seen = []
     monkeypatch.setattr(cli, "load_config", lambda *_: None)
-    monkeypatch.setattr("dynamo_jax.commands.eval_command", lambda *arguments: seen.append(arguments[4]))
+    monkeypatch.setattr("dynamo_jax.evaluation.command.eval_command", lambda *arguments: seen.append(arguments[4]))
     assert cli.main(["eval", "c.yaml", "--checkpoint", "c", "--samples", samples]) == 0
     assert seen == [ks]
 
@@ -208,7 +210,7 @@ def test_read_only_or_full_run_folder(capsys, monkeypatch, tmp_path, code):
         raise OSError(code, os.strerror(code))
 
     # The tests may run as root, whom no permission stops.
-    monkeypatch.setattr(run_folder.RunFolder, "_probe", fail)
+    monkeypatch.setattr(folder.RunFolder, "_probe", fail)
     message = refused(capsys, "train", write_config(tmp_path))
     assert f"{tmp_path}/run: cannot be written: {os.strerror(code)}" in message
     assert "set another run_dir" in message

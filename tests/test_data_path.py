@@ -22,7 +22,7 @@ import yaml
 from dynamo_jax import trainer as loop
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
 from dynamo_jax.config import load_config
-from dynamo_jax.metrics import read_metrics
+from dynamo_jax.run.metrics import read_metrics
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
 from dynamo_jax.tasks.prompts import make_prompt_set
 from dynamo_jax.tasks.task import Task

@@ -12,16 +12,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_trainer import TINY, Coin
+from small_runs import TINY, Coin
 
 from dynamo_jax import trainer as loop
 from dynamo_jax.batch import TokenStats, TrainBatch
 from dynamo_jax.config import Config, MeshConfig, load_config
-from dynamo_jax.metrics import read_metrics
 from dynamo_jax.objective import group_advantage, group_weight
 from dynamo_jax.policy import abstract_policy
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.model import param_shardings
+from dynamo_jax.run.metrics import read_metrics
 from dynamo_jax.sharding import make_mesh, sharding, to_mesh
 from dynamo_jax.tasks.task import build_task
 from dynamo_jax.update import completion_mask, init_state, score_rollouts, update_policy

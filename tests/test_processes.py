@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trainer import TINY, Run, timeless
-from test_trainer import run as run_here
-from test_trainer import write_config as write
+from small_runs import TINY, Run, timeless
+from small_runs import run as run_here
+from small_runs import write_config as write
 
 from dynamo_jax.config import load_config
 
@@ -144,7 +144,7 @@ def test_two_processes_and_another_mesh_make_the_same_run(whole: Run, lost: tupl
 
 
 def test_a_folder_in_use_is_refused_by_all_processes(tmp_path: Path) -> None:
-    from dynamo_jax.run_folder import RunFolder
+    from dynamo_jax.run.folder import RunFolder
 
     folder = tmp_path / "run"
     config = write(folder)

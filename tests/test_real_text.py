@@ -17,11 +17,11 @@ import yaml
 from flax import nnx
 
 from dynamo_jax import cli
-from dynamo_jax.commands import load_policy
 from dynamo_jax.config import load_config
-from dynamo_jax.metrics import read_metrics
 from dynamo_jax.policy.build import decoder_config
+from dynamo_jax.policy.export import load_policy
 from dynamo_jax.policy.model import abstract_policy
+from dynamo_jax.run.metrics import read_metrics
 from dynamo_jax.tasks.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.shared

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_trainer import Coin, run, timeless
+from small_runs import Coin, run, timeless
 
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts
 from dynamo_jax.config import Config, load_config

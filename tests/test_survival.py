@@ -20,12 +20,13 @@ from buckets import gcs_of_module, hasty, in_bucket, machine, quick_locks  # noq
 from command_line import compiled_once, write_config  # noqa: F401 - a fixture of this module
 from fake_gcs import FakeGCS
 
-from dynamo_jax import bucket_folder, cli, storage
+from dynamo_jax import cli
 from dynamo_jax import trainer as loop
-from dynamo_jax.checkpoint import Checkpointer, resolve_checkpoint
-from dynamo_jax.metrics import read_metrics
-from dynamo_jax.run_writer import RunWriter
-from dynamo_jax.storage import TemporaryFailure
+from dynamo_jax.run import bucket_folder, storage
+from dynamo_jax.run.checkpoint import Checkpointer, resolve_checkpoint
+from dynamo_jax.run.metrics import read_metrics
+from dynamo_jax.run.storage import TemporaryFailure
+from dynamo_jax.run.writer import RunWriter
 
 STEPS = 3
 

@@ -26,11 +26,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dynamo_jax import checkpoint, cli
+from dynamo_jax import cli
 from dynamo_jax import trainer as loop
+from dynamo_jax.run import checkpoint
 from dynamo_jax.tasks.arithmetic import ArithmeticVerifier
+from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.task import build_task
-from dynamo_jax.tasks.verifier import Verifier
 
 CLOCK_HOURS = (0, 3, -48, 19200, -120000, 5)  # offsets of the wall clock, one after the other
 FAULT, _, AT = os.environ.get("FAULT", "").partition(":")

@@ -33,7 +33,7 @@ log = logging.getLogger("dynamo_jax")
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 30.0  # a busy host may starve a thread for seconds, not for so long
-HANG_SECONDS = 40.0  # above the wall-clock limit of one answer's grading (`tasks/verifier.py`) by default
+HANG_SECONDS = 40.0  # above the wall-clock limit of one answer's grading (`tasks/grading/verifier.py`) by default
 CONNECT_SECONDS = 60.0
 HELLO_SECONDS = 5.0
 GREETING_BYTES = 1024

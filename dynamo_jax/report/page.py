@@ -13,7 +13,7 @@ from dynamo_jax.report import charts, tables
 from dynamo_jax.report.plots import COLORS, DASHES
 from dynamo_jax.report.runs import load_runs
 from dynamo_jax.report.template import STYLE, TEMPLATE
-from dynamo_jax.storage import StorageError
+from dynamo_jax.run.storage import StorageError
 
 # Model output may hold anything. Escaping is the template's work; these would still act on a terminal or an editor
 # that the file is opened in, or turn the text around: control characters become their pictures, the rest a mark.

@@ -3,7 +3,7 @@
 Verifier workers import this package: it must stay free of jax, grain and transformers, which take seconds to start.
 """
 
-from dynamo_jax.tasks.answers import check_gold
-from dynamo_jax.tasks.verifier import Verifier, grade
+from dynamo_jax.tasks.grading.answers import check_gold
+from dynamo_jax.tasks.grading.verifier import Verifier, grade
 
 __all__ = ["Verifier", "check_gold", "grade"]

@@ -176,8 +176,8 @@ class PromptIterator(Iterator[PromptBatch]):
     """Batches of P = `batch` prompts without end, in an order that depends on `seed` and the epoch only.
 
     Every epoch is a permutation of the set. Batches run on across the end of an epoch, so that no prompt is left out;
-    the one batch that spans two epochs may hold a prompt twice. Each process of a multi-host run makes the same global
-    batches and takes its share with `process_slice`. There are no worker threads: a batch of 512 takes 7 ms.
+    the one batch that spans two epochs may hold a prompt twice. Each process of a multi-host run makes the same
+    batches. There are no worker threads: a batch of 512 takes 7 ms.
 
     Raises ValueError if the set has fewer prompts than a batch.
     """
@@ -235,24 +235,3 @@ class PromptIterator(Iterator[PromptBatch]):
                 "Resume from another checkpoint, or start a new run folder."
             )
         self._next_batch = position
-
-
-def process_slice(batch: PromptBatch, process_index: int, process_count: int) -> PromptBatch:
-    """This process's share of a global batch: the rows `process_index * P/n .. (process_index + 1) * P/n`, n processes.
-
-    Raises ValueError if n does not divide P or the index is not one of 0 .. n-1.
-    """
-    size = len(batch.ids)
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}: the index must be in 0 .. {process_count - 1}.")
-    if size % process_count:
-        raise ValueError(
-            f"a batch of {size} prompts cannot be shared equally by {process_count} processes. "
-            f"Set rollout.prompts to a multiple of {process_count}."
-        )
-    share = size // process_count
-    rows = slice(process_index * share, (process_index + 1) * share)
-    return PromptBatch(
-        batch.index_P[rows], batch.tokens_PL[rows], batch.length_P[rows],
-        batch.ids[rows], batch.texts[rows], batch.answers[rows],
-    )  # fmt: skip

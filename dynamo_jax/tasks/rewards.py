@@ -18,9 +18,9 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 from dynamo_jax.tasks import arithmetic
-from dynamo_jax.tasks.exact import NotRationalError, evaluate
-from dynamo_jax.tasks.extract import extract
-from dynamo_jax.tasks.latex import normalise
+from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
+from dynamo_jax.tasks.grading.extract import extract
+from dynamo_jax.tasks.grading.latex import normalise
 
 MAX_CHARS = 400  # of a countdown expression
 _EXPRESSION = re.compile(r"[\d+\-*/() ]+")

@@ -9,15 +9,15 @@ from typing import Literal
 
 import jax
 
-from dynamo_jax.bucket import locations
 from dynamo_jax.config import Config
+from dynamo_jax.run.bucket import locations
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
-from dynamo_jax.tasks.known_golds import known_problem
+from dynamo_jax.tasks.grading.known_golds import known_problem
+from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.prompts import PromptSet, load_prompts, make_prompt_set
 from dynamo_jax.tasks.read import Row
 from dynamo_jax.tasks.rewards import Grader, RewardGrader, Shaped
 from dynamo_jax.tasks.tokenizer import Tokenizer, load_tokenizer
-from dynamo_jax.tasks.verifier import Verifier
 
 KILLED_ANSWERS = "killed_answers.jsonl"  # in the run's folder
 
@@ -30,6 +30,11 @@ class Task:
     train: PromptSet
     evals: tuple[PromptSet, ...]
     verifier: Grader
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the prompts to train on, then of those of each evaluation."""
+        return [prompts.fingerprint for prompts in (self.train, *self.evals)]
 
 
 def build_tokenizer(config: Config) -> Tokenizer:

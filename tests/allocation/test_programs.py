@@ -10,9 +10,9 @@ import pytest
 
 from dynamo_jax.allocation import PromptStats, prompt_features, released_allocate, released_priority
 from dynamo_jax.allocation.programs import AllocationPrograms, AllocationState
-from dynamo_jax.checkpoint import Checkpointer
 from dynamo_jax.config import AllocationConfig, MeshConfig
 from dynamo_jax.config.tree import VIPConfig
+from dynamo_jax.run.checkpoint import Checkpointer
 from dynamo_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

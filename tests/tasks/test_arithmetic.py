@@ -16,7 +16,7 @@ from dynamo_jax.tasks.arithmetic import (
     split_problems,
     worked_solutions,
 )
-from dynamo_jax.tasks.verifier import Verifier
+from dynamo_jax.tasks.grading.verifier import Verifier
 
 CHAIN = re.compile(r"[1-9]([-+*][1-9]){1,6}=")
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dynamo_jax.batch import PromptBatch
-from dynamo_jax.tasks.prompts import PromptIterator, load_prompts, make_prompt_set, pad_prompts, process_slice
+from dynamo_jax.tasks.prompts import PromptIterator, load_prompts, make_prompt_set, pad_prompts
 from dynamo_jax.tasks.read import read_rows
 from dynamo_jax.tasks.tokenizer import load_tokenizer
 
@@ -239,19 +239,6 @@ def test_a_position_of_other_data_or_settings_is_refused():
             iterate(numbered(20)).restore(state | {"next_batch": position})
 
 
-def test_process_slices_are_the_global_batch():
-    batch = next(iterate(numbered(20), batch=12))
-    parts = [process_slice(batch, i, 3) for i in range(3)]
-    for field in PromptBatch._fields:
-        joined = np.concatenate([np.asarray(getattr(part, field)) for part in parts])
-        np.testing.assert_array_equal(joined, np.asarray(getattr(batch, field)))
-    assert_equal(process_slice(batch, 0, 1), batch)
-    with pytest.raises(ValueError, match="12 prompts cannot be shared equally by 5"):
-        process_slice(batch, 0, 5)
-    with pytest.raises(ValueError, match="process 3 of 3"):
-        process_slice(batch, 3, 3)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_a_row_stays_together_over_epochs_and_after_resume(seed):
     prompts = numbered(37)
@@ -262,12 +249,11 @@ def test_a_row_stays_together_over_epochs_and_after_resume(seed):
             iterator = iterate(prompts, batch=6, seed=seed)
             iterator.restore(state)
         batch = next(iterator)
-        for part in (batch, process_slice(batch, step % 3, 3)):
-            for p, i in enumerate(part.index_P.tolist()):
-                assert (part.ids[p], part.texts[p], part.answers[p]) == (f"id{i}", f"text{i}", f"answer{i}")
-                length = int(part.length_P[p])
-                assert length == 1 + i % 5
-                assert part.tokens_PL[p].tolist() == [0] * (5 - length) + [i + 1] * length
+        for p, i in enumerate(batch.index_P.tolist()):
+            assert (batch.ids[p], batch.texts[p], batch.answers[p]) == (f"id{i}", f"text{i}", f"answer{i}")
+            length = int(batch.length_P[p])
+            assert length == 1 + i % 5
+            assert batch.tokens_PL[p].tolist() == [0] * (5 - length) + [i + 1] * length
 
 
 # --- the real thing

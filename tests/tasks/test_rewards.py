@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.rewards import (
     Grading,
     RewardGrader,
@@ -16,7 +17,6 @@ from dynamo_jax.tasks.rewards import (
     length_penalty,
     load_reward,
 )
-from dynamo_jax.tasks.verifier import Verifier
 
 GOLD = '{"target": 24, "numbers": [3, 8, 8]}'
 

@@ -8,8 +8,8 @@ import yaml
 
 from dynamo_jax.config import Config, load_config
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve
+from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.task import build_task, build_tokenizer, build_verifier, eval_prompts
-from dynamo_jax.tasks.verifier import Verifier
 
 
 def load(tmp_path: Path, seed: int = 0, **task: object) -> Config:

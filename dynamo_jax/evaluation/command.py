@@ -1,0 +1,240 @@
+"""`dynamo-jax eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dynamo_jax.config import Config
+from dynamo_jax.evaluation.samples import Row, SampleFile, evaluation_of
+from dynamo_jax.evaluation.scores import Evaluation, right, table, wide_table
+from dynamo_jax.policy.build import decoder_config
+from dynamo_jax.policy.export import load_policy
+from dynamo_jax.policy.model import Decoder, abstract_policy
+from dynamo_jax.rollout.build import make_samplers
+from dynamo_jax.rollout.sampler import Sampler
+from dynamo_jax.rollout.text import decode_rollouts
+from dynamo_jax.run.bucket import is_remote
+from dynamo_jax.run.checkpoint import resolve_checkpoint
+from dynamo_jax.run.checkpoint_files import written
+from dynamo_jax.run.folder import write_atomic
+from dynamo_jax.run.metrics import setup_logging
+from dynamo_jax.sharding import agreed, make_mesh, start_devices
+from dynamo_jax.tasks.grading.extract import extract
+from dynamo_jax.tasks.grading.known_golds import known_problem
+from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
+from dynamo_jax.tasks.rewards import Grader, Grading, verdict_of
+from dynamo_jax.tasks.task import build_tokenizer, build_verifier, eval_prompts
+from dynamo_jax.tasks.tokenizer import Tokenizer
+
+log = logging.getLogger("dynamo_jax")
+
+
+def eval_command(
+    config: Config,
+    checkpoint: Path,
+    benchmarks: Sequence[str],
+    samples: int,
+    ks: Sequence[int],
+    json_file: Path | None,
+    out: Path | None = None,
+    regrade: bool = False,
+) -> None:
+    """Print Pass@k on `benchmarks` (default: the config's held-out prompts); `json_file` gets the numbers, too.
+
+    Every sample is saved in the folder `out` (default: `eval/<checkpoint>` in the run's folder) as soon as its problem
+    is done: the same command goes on where it was stopped. With `regrade`, saved samples are judged again, by the
+    grader and the references as they are now, and nothing is sampled.
+
+    Raises `ValueError` for a k above `samples`, an unreadable checkpoint, no benchmark or one with errors, a
+    `json_file` that cannot be written, or saved samples that were drawn with other settings.
+    """
+    if max(ks) > samples:
+        raise ValueError(f"--k {max(ks)} needs at least as many samples, but --samples is {samples}. Raise --samples.")
+    if config.task.kind == "math" and not (benchmarks or config.task.eval):
+        raise ValueError("there is nothing to evaluate on: name --benchmark FILE, or files in the config's task.eval.")
+    if json_file and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):  # before hours of sampling
+        raise ValueError(f"--json {json_file}: is a folder, or in none. Give a file name in a folder that exists.")
+    start_devices(config.device, config.mesh)
+    setup_logging(jax.process_index())
+    tokenizer = build_tokenizer(config)
+    prompt_sets = eval_prompts(config, tokenizer, benchmarks)
+    label, drawn_with = _identity(config, checkpoint, samples, regrade)
+    folder = out or _eval_folder(config) / label
+    files = [
+        SampleFile(folder / f"{p.name}_n{samples}.jsonl", drawn_with | {"prompts": p.fingerprint}, samples)
+        for p in prompt_sets
+    ]
+    verifier = build_verifier(config)
+    try:
+        if regrade:
+            evaluations = [_regrade(file, p, verifier) for file, p in zip(files, prompt_sets, strict=True)]
+        else:
+            evaluations = _sample(config, checkpoint, prompt_sets, files, tokenizer, verifier)
+    finally:
+        verifier.close()
+    if jax.process_index() == 0:
+        known = [
+            f"{prompts.name} {p.id}: {why}"
+            for prompts in prompt_sets
+            for p in prompts.prompts
+            if (why := known_problem(p.id, p.answer)) is not None
+        ]
+        sys.stdout.write(table(evaluations, ks) + "\n")
+        if len(evaluations) > 1:
+            sys.stdout.write("\n" + wide_table(evaluations, ks) + "\n")
+        if known:
+            sys.stdout.write("\nReferences known to be wrong, used as they are:\n" + "\n".join(known) + "\n")
+        results = {name: value for e in evaluations for name, value in e.metrics(ks).items()}
+        problems = {e.name: dict(zip(e.ids, e.correct.sum(axis=1).tolist(), strict=True)) for e in evaluations}
+        report = {
+            "checkpoint": str(checkpoint), "samples": samples, "metrics": results, "correct": problems,
+            "known_references": known, "killed": verifier.counts.get("killed", 0),
+        }  # fmt: skip
+        for path in filter(None, (folder / "results.json", json_file)):
+            write_atomic(path, json.dumps(report, indent=1) + "\n")
+
+
+def _eval_folder(config: Config) -> Path:
+    """In the run's folder; beside it if no run was started there, which would refuse a folder that is not empty.
+
+    Of a run in a bucket, `<run>_eval` where the command is started.
+    """
+    run = Path(config.run_dir)
+    if is_remote(config.run_dir):
+        return Path(f"{run.name}_eval")
+    return run / "eval" if (run / "config.yaml").is_file() else run.with_name(f"{run.name}_eval")
+
+
+def _identity(config: Config, checkpoint: Path, samples: int, regrade: bool) -> tuple[str, dict[str, Any]]:
+    """A short name of the checkpoint, and all that the samples depend on beside the prompts."""
+    if (checkpoint / "config.json").is_file():
+        label, source = checkpoint.resolve().name, checkpoint
+    elif regrade and not checkpoint.exists():
+        label, source = checkpoint.name, None  # the samples are all that is needed
+    else:
+        directory, step = resolve_checkpoint(checkpoint)
+        label, source = f"step_{step}", directory / str(step)
+    e = config.eval
+    return label, {
+        "checkpoint": str(source if is_remote(source) else source.resolve()) if source else None,
+        "written": written(source) if source else None,
+        "samples": samples,
+        "seed": config.seed,
+        "max_tokens": config.rollout.max_tokens,
+        "temperature": e.temperature,
+        "top_p": e.top_p,
+        "batch": config.rollout_batch,
+    }
+
+
+def _regrade(file: SampleFile, prompts: PromptSet, verifier: Grader) -> Evaluation:
+    rows = file.read(check=False)
+    gold_of = {prompt.id: prompt.answer for prompt in prompts.prompts}
+    evaluation_of(prompts, file.samples, rows)  # all there, and of these problems
+    grades = right(verifier, [(row["text"], gold_of[row["id"]]) for row in rows])
+    changed = sum(row["correct"] != bool(grade) for row, grade in zip(rows, grades, strict=True))
+    log.info("%s: %d of %d verdicts changed", file.path, changed, len(rows))
+    file.drawn_with = file.header() or file.drawn_with
+    regraded = [
+        row | {"gold": gold_of[row["id"]], "correct": bool(grade), "answered": extract(row["text"]) is not None}
+        for row, grade in zip(rows, grades, strict=True)
+    ]
+    file.write(regraded)
+    return evaluation_of(prompts, file.samples, regraded)
+
+
+def _sample(
+    config: Config,
+    checkpoint: Path,
+    prompt_sets: Sequence[PromptSet],
+    files: Sequence[SampleFile],
+    tokenizer: Tokenizer,
+    verifier: Grader,
+) -> list[Evaluation]:
+    """Sample what is not yet there, a few problems at a time, and grade it while the device goes on."""
+    mesh = make_mesh(config.mesh)
+    writer = jax.process_index() == 0
+    saved = [file.read() if writer else [] for file in files]
+    decoder = decoder_config(config, tokenizer.size, mesh)
+    graph, _ = abstract_policy(decoder)
+    params = load_policy(checkpoint, decoder)
+    sampler = _eval_sampler(config, graph, mesh, tokenizer, files[0].samples)
+    grading = Grading(verdict_of(verifier))
+    evaluations = []
+    try:
+        for number, (prompts, file, rows) in enumerate(zip(prompt_sets, files, saved, strict=True)):
+            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            chunk = max(1, config.rollout_batch // file.samples)  # problems: one piece on the device
+            done = agreed(len(rows) // file.samples)
+            done = done if done == len(prompts) else done // chunk * chunk
+            rows = rows[: done * file.samples]
+            if writer:
+                file.path.parent.mkdir(parents=True, exist_ok=True)
+                file.write(rows)
+            waiting: deque[tuple[list[Row], Future[Sequence[float]]]] = deque()
+            for start in range(done, len(prompts), chunk):
+                new = _draw(sampler, params, prompts, start, chunk, file.samples, key, config, tokenizer)
+                if writer:
+                    waiting.append((new, grading.submit([(row["text"], row["gold"]) for row in new])))
+                    while len(waiting) > 1:
+                        rows += _judged(file, *waiting.popleft())
+            while waiting:
+                rows += _judged(file, *waiting.popleft())
+            if writer:
+                evaluations.append(evaluation_of(prompts, file.samples, rows))
+    finally:
+        grading.close()
+    return evaluations
+
+
+def _eval_sampler(
+    config: Config, graph: nnx.GraphDef[Decoder], mesh: Mesh, tokenizer: Tokenizer, samples: int
+) -> Sampler:
+    """The evaluation's sampler, with room for the prompts whose `samples` fill its batch: no prefill is wasted."""
+    _, sampler = make_samplers(graph, config, tokenizer, mesh)
+    shards = config.mesh.batch_shards
+    window = -(-max(1, sampler.config.batch // samples) // shards) * shards
+    return Sampler(graph, dataclasses.replace(sampler.config, window=window), mesh)
+
+
+def _draw(
+    sampler: Sampler,
+    params: Any,
+    prompts: PromptSet,
+    start: int,
+    count: int,
+    samples: int,
+    key: jax.Array,
+    config: Config,
+    tokenizer: Tokenizer,
+) -> list[Row]:
+    part = prompts.prompts[start : start + count]
+    batch = pad_prompts(part, config.task.max_prompt_tokens, tokenizer.pad_id)
+    prompt_of_B = np.repeat(np.arange(len(part)), samples)
+    rollouts = sampler.sample(params, batch, prompt_of_B, jax.random.fold_in(key, start))
+    texts = decode_rollouts(rollouts, tokenizer)
+    return [
+        {"id": part[p].id, "sample": index % samples, "gold": part[p].answer, "text": text,
+         "tokens": int(rollouts.length_B[index]), "truncated": not bool(rollouts.ended_B[index]),
+         "answered": extract(text) is not None}
+        for index, (p, text) in enumerate(zip(prompt_of_B, texts, strict=True))
+    ]  # fmt: skip
+
+
+def _judged(file: SampleFile, rows: list[Row], grades: Future[Any]) -> list[Row]:
+    judged = [row | {"correct": bool(grade > 0.5)} for row, grade in zip(rows, grades.result(), strict=True)]
+    file.append(judged)
+    return judged

@@ -1,0 +1,136 @@
+"""Evaluation: Pass@1, unbiased Pass@k, and how sure they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dynamo_jax.hosts.progress import PROGRESS
+from dynamo_jax.rollout.sampler import Sampler
+from dynamo_jax.rollout.text import decode_rollouts
+from dynamo_jax.sharding import own_share, total
+from dynamo_jax.tasks.grading.extract import extract
+from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
+from dynamo_jax.tasks.rewards import Grader, verdict_of
+from dynamo_jax.tasks.tokenizer import Tokenizer
+
+RESAMPLES = 1000
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k samples is right, from c right ones of n.
+
+    1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, eq. 1), as a product, which neither overflows nor cancels.
+    Raises `ValueError` unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}: draw more samples")
+    if n - c < k:
+        return 1.0
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The graded samples of one benchmark: `samples` for each problem, rows in the order of its problems."""
+
+    name: str
+    ids: tuple[str, ...]
+    samples: int
+    correct: np.ndarray  # bool [problems, samples]
+    length: np.ndarray  # int32 [problems, samples], tokens
+    truncated: np.ndarray  # bool [problems, samples]
+    no_answer: np.ndarray | None = None  # bool [problems, samples]: nothing could be extracted; None: not looked at
+
+    def pass_at(self, k: int) -> tuple[float, float, float]:
+        """Pass@k and its 95% interval: the mean over problems, resampled 1000 times with a fixed seed (bootstrap)."""
+        scores = np.array([pass_at_k(self.samples, int(c), k) for c in self.correct.sum(axis=1)])
+        draws = np.random.default_rng(0).integers(len(scores), size=(RESAMPLES, len(scores)))
+        low, high = np.quantile(scores[draws].mean(axis=1), [0.025, 0.975])
+        return float(scores.mean()), float(low), float(high)
+
+    def metrics(self, ks: Sequence[int]) -> dict[str, float]:
+        """`eval/<name>/pass@k` with `_low` and `_high`, mean length in tokens, fractions truncated, without answer."""
+        out: dict[str, float] = {}
+        for k in ks:
+            value, low, high = self.pass_at(k)
+            out |= {f"pass@{k}": value, f"pass@{k}_low": low, f"pass@{k}_high": high}
+        out |= {"length_mean": float(self.length.mean()), "truncated_fraction": float(self.truncated.mean())}
+        if self.no_answer is not None:
+            out["no_answer_fraction"] = float(self.no_answer.mean())
+        return {f"eval/{self.name}/{key}": value for key, value in out.items()}
+
+
+def evaluate(
+    sampler: Sampler,
+    params: Any,
+    prompts: PromptSet,
+    samples: int,
+    key: jax.Array,
+    tokenizer: Tokenizer,
+    verifier: Grader,
+    max_prompt_tokens: int,
+) -> Evaluation:
+    """Sample every problem `samples` times and grade. The same parameters and key give the same evaluation."""
+    batch = pad_prompts(prompts.prompts, max_prompt_tokens, tokenizer.pad_id)
+    prompt_of_B = np.repeat(np.arange(len(prompts)), samples)
+    rollouts = sampler.sample(params, batch, prompt_of_B, key)
+    share = own_share(len(prompt_of_B))  # every process decodes and grades its own
+    judged_2B = np.zeros((2, len(prompt_of_B)), np.int32)
+    with PROGRESS.doing("grade the evaluation", patient=True):  # one process may have all the answers that take long
+        texts = decode_rollouts(jax.tree.map(lambda x: x[share], rollouts), tokenizer)
+        pairs = list(zip(texts, (batch.answers[p] for p in prompt_of_B[share]), strict=True))
+        judged_2B[0, share] = right(verifier, pairs)
+        judged_2B[1, share] = [extract(text) is None for text in texts]
+    correct_B, no_answer_B = total(judged_2B).astype(bool)
+    shape = (len(prompts), samples)
+    return Evaluation(
+        name=prompts.name,
+        ids=batch.ids,
+        samples=samples,
+        correct=correct_B.reshape(shape),
+        length=np.asarray(rollouts.length_B).reshape(shape),
+        truncated=~np.asarray(rollouts.ended_B).reshape(shape),
+        no_answer=no_answer_B.reshape(shape),
+    )
+
+
+def right(verifier: Grader, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """bool [len(pairs)]: which are right, whatever is added to the reward for form and length."""
+    return np.array(verdict_of(verifier).grade_batch(pairs), np.float64) > 0.5
+
+
+def table(evaluations: Sequence[Evaluation], ks: Sequence[int]) -> str:
+    """A Markdown table, in percent: a row for each benchmark and their mean last."""
+    head = ["benchmark", "problems", "samples", *(f"Pass@{k}" for k in ks), "mean tokens", "truncated", "no answer"]
+    rows = []
+    for e in evaluations:
+        scores = ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in e.pass_at(k))) for k in ks]
+        sizes = [str(len(e.ids)), str(e.samples)]
+        rows.append([e.name, *sizes, *scores, f"{e.length.mean():.0f}", f"{100 * e.truncated.mean():.1f}%"])
+        rows[-1].append("" if e.no_answer is None else f"{100 * e.no_answer.mean():.1f}%")
+    if len(evaluations) > 1:
+        means = [f"{100 * np.mean([e.pass_at(k)[0] for e in evaluations]):.1f}" for k in ks]
+        rows.append(["mean", "", "", *means, "", "", ""])
+    return _markdown(head, rows)
+
+
+def wide_table(evaluations: Sequence[Evaluation], ks: Sequence[int]) -> str:
+    """The paper's layout, in percent: a column for each benchmark and their mean last, a row for each k."""
+    head = ["", *(e.name for e in evaluations), "mean"]
+    rows = []
+    for k in ks:
+        scores = [100 * e.pass_at(k)[0] for e in evaluations]
+        name = f"Avg@{evaluations[0].samples}" if k == 1 else f"Pass@{k}"
+        rows.append([name, *(f"{score:.1f}" for score in [*scores, float(np.mean(scores))])])
+    return _markdown(head, rows)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    return "\n".join(f"| {line} |" for line in [lines[0], " | ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,1 @@
+"""What a run leaves behind, how it survives and how it ends."""

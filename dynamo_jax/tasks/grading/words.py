@@ -1,0 +1,127 @@
+"""The words of a normalised answer: answers that are words, units, labels before and remarks after a value."""
+
+# ruff: noqa: SIM905 - a line of words reads better than a list
+
+from __future__ import annotations
+
+import re
+
+from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
+from dynamo_jax.tasks.grading.latex import key
+
+_LEADING = set(
+    "the final answer answers is are thus so hence therefore value of equals equal to approximately approx about "
+    "around roughly nearly exactly both either we have get there total result solution solutions option choice "
+    "答案是 答案为 答案 是 为 约".split()
+)
+_ARTICLES = re.compile(r"\b(?:the|an|a)\s+")
+_SYNONYMS = dict.fromkeys(
+    ("no solutions", "no real solution", "no real solutions", "there are no solutions", "there is no solution"),
+    "no solution",
+) | {"dne": "does not exist"}
+_QUOTED = re.compile(r'"([^"]*)"')
+_JOINING = re.compile(r'"?\s*(?<![A-Za-z\\])(?:,\s*)?(?:and|or|and/or)(?![A-Za-z])\s*"?')
+_LEADING_WORDS = re.compile(r'("?)\s*([^\W\d_]+(?:[\s,]+[^\W\d_]+)*)\s*[:,]?\s*+("?)\s*+(?![\^_(=])')
+_CHOICE = re.compile(r'"?(?:(?i:option|choice|answer)\b\s*:?\s*"?)?\s*\(?\s*([A-Z])\s*\)?\s*[.:]?\s*"?')
+_LABELLED_CHOICE = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[.:)])\s")
+_UNIT = (
+    r"(?:km|cm|mm|nm|dm|kg|mg|sec|secs|min|mins|hr|hrs|hours?|minutes?|seconds?|days?|weeks?|months?|years?|miles?|mi|mph|"
+    r"feet|foot|ft|inch|inches|in|yards?|yd|meters?|metres?|kilometers?|centimeters?|cents?|dollars?|degrees?|deg|rad|"
+    r"radians?|units?|square|sq|cubic|per|liters?|litres?|ml|mL|kJ|kPa|kW|MeV|keV|eV|Hz|kHz|MHz|Pa|mol|mph|rpm|psi|erg|ergs|"
+    r"km/h|USD|EUR|dB|\\Omega|ohms?|amu|AU|pc|Mpc|kpc|nC|mC|[mgsNJWKVACLTF])"
+)
+_UNITS = re.compile(rf"(?P<value>.*[\d}})!])\s*(?P<units>{_UNIT}(?:[\s/\\cdot]*(?:\^\s*\{{?-?\d\}}?)?\s*{_UNIT})*\s*"
+                    r"(?:\^\s*\{?-?\d\}?)?)", re.DOTALL)  # fmt: skip
+_BOUND = re.compile(r"\b(?:most|least|more|less|fewer|greater|above|below|over|under|not|than|or)\b", re.IGNORECASE)
+# "..., k \\in \\mathbb{Z}" after a value that has the letter says what it stands for, and is no second value.
+_DOMAIN = re.compile(
+    r"(?<=.)(?:,|;)\s*\"?(?:where|for|with)?\"?\s*([a-zA-Z])\s*\\in\s*\\mathbb\s*\{?[ZNQRC]\}?(?:\^[*+])?\s*$"
+)
+_REMARK = re.compile(r"(?P<value>.*[\d})!])\s+(?P<words>[A-Za-z][A-Za-z']{2,}(?:[\s,]+[A-Za-z']+)*)", re.DOTALL)
+
+
+def as_words(text: str) -> str | None:
+    """The answer in plain lower-case words if it is made of words, else None."""
+    if not text or any(c.isdigit() for c in text) or re.search(r"[\\^_{}=<>+*/|\[\]]", text):
+        return None
+    plain = text.replace('"', " ")
+    words = re.findall(r"[^\W\d_]+", plain)
+    if not words or not ('"' in text or max(map(len, words)) >= 3) or max(map(len, words)) < 2 or "," in plain:
+        return None
+    joined = _ARTICLES.sub("", " ".join(plain.split()).strip(" .!()").casefold() + " ").strip()
+    return _SYNONYMS.get(joined, joined) or None
+
+
+def choice(text: str) -> str | None:
+    """The letter of a multiple-choice answer: `B`, `(B)`, `B.`, `(B) 12`."""
+    match = _CHOICE.fullmatch(text)
+    if match:
+        return match.group(1)
+    match = _LABELLED_CHOICE.match(text)
+    return match.group(1) or match.group(2) if match else None
+
+
+def without_label(text: str) -> str:
+    """`(B) 12` without its letter."""
+    match = _LABELLED_CHOICE.match(text)
+    return text[match.end() :].strip() if match else text
+
+
+def without_words(text: str) -> str:
+    """Without words that do not change the value: units and remarks after it, "the answer is" before it.
+
+    "and", "or" and commas inside text separate the members of a list. Words that could change the meaning ("less
+    than", or anything followed by another number) stay, and the answer then equals no number.
+    """
+    text = _without_leading_words(text)
+    domain = _DOMAIN.search(text)
+    text = text[: domain.start()].strip() if domain and domain.group(1) in text[: domain.start()] else text
+    text = _QUOTED.sub(lambda m: "," if "," in m.group(1) else m.group(0), text)
+    text = _JOINING.sub(" , ", text).strip(" ,") if _JOINING.search(text) and re.search(r"[\d\\=]", text) else text
+    text = re.sub(r",(?:\s*,)+", ",", text)
+    text = text.removeprefix("\\approx").strip()
+    if "\\approx" in text:
+        left, _, right = text.partition("\\approx")
+        if re.fullmatch(r"\s*[A-Za-z]\s*", left):
+            text = right.strip()
+        elif _plausible(left, right):
+            text = left.strip()
+    return _without_leading_words(text)
+
+
+def _without_leading_words(text: str) -> str:
+    leading = _LEADING_WORDS.match(text)
+    if leading and leading.end() < len(text) and set(leading.group(2).lower().replace(",", " ").split()) <= _LEADING:
+        text = text[leading.end() :].strip()
+    return text
+
+
+def _plausible(value: str, rounded: str) -> bool:
+    """Not 42 \\approx 43: two numbers within a hundredth of each other, or no numbers at all."""
+    try:
+        exact, near = evaluate(value), evaluate(rounded)
+    except NotRationalError:
+        return True
+    return abs(exact - near) * 100 <= abs(exact)
+
+
+def without_remark(text: str) -> str:
+    """One value without the text that follows it: a unit, "for all x", "miles from A"."""
+    text = re.sub(r'"\s*\^\s*(?:\{[^{}]*\}|\w)', '"', text)  # the power of a unit
+    start = text.find('"')
+    head, tail = text[:start].rstrip(" /"), text[start:]
+    if (
+        start <= 0
+        or _BOUND.search(tail)
+        or any(c.isdigit() for c in tail)
+        or not head
+        or head.endswith(("=", "\\cdot"))
+    ):
+        return text.removeprefix('"').removesuffix('"') if key(text).count('"') == 2 and " " not in text else text
+    return head
+
+
+def without_units(text: str, words_only: bool = False) -> str:
+    """A number without the bare units or words that follow it: `3 m/s`, `12 ways`; `words_only`: not without the m."""
+    match = (None if words_only else _UNITS.fullmatch(text)) or _REMARK.fullmatch(text)
+    return match.group("value").strip() if match and not _BOUND.search(text) else text

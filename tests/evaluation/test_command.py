@@ -1,0 +1,184 @@
+"""What is done with a finished run: `eval`, `export`, `report`, and what keeps `train` from going on with it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import MATH, compiled_once, no_work, refused, snapshot, trained, write_config
+from small_runs import timeless
+
+from dynamo_jax import cli
+
+__all__ = ["compiled_once", "trained"]  # fixtures
+
+
+# --- a run folder that has a run
+
+
+def test_another_config_does_not_go_on_with_the_run(capsys, monkeypatch, tmp_path, trained):
+    no_work(monkeypatch)
+    shutil.copytree(trained, tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    message = refused(capsys, "train", write_config(tmp_path), "seed=5", "modulation.enabled=false")
+    assert "seed: 0 -> 5" in message
+    assert "modulation.enabled: True -> False" in message
+    assert "run_dir" in message
+    assert snapshot(tmp_path / "run") == before
+
+
+def damaged(trained: Path, folder: Path) -> Path:
+    """A copy of the run whose newest checkpoint has a flipped bit."""
+    shutil.copytree(trained, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained), str(folder)))
+    victim = max((folder / "checkpoints" / "2" / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    return folder
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, trained):
+    run_dir = damaged(trained, tmp_path / "run")
+    assert cli.main(["train", str(write_config(tmp_path))]) == 0
+    assert timeless(run_dir) == timeless(trained)
+    assert (run_dir / "checkpoints" / "2").is_dir()  # made again
+    assert list((run_dir / "checkpoints_damaged").iterdir())
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_checkpoints_that_cannot_be_read(capsys, tmp_path, trained, command):
+    config = write_config(tmp_path)
+    more = ["--samples", "2", "--json", tmp_path / "x.json"] if command == "eval" else ["--out", tmp_path / "out"]
+    words = [command, config, *more]
+    message = refused(capsys, *words, "--checkpoint", tmp_path / "nowhere")
+    assert f"{tmp_path}/nowhere: no such folder" in message
+    assert "run folder" in message
+    (tmp_path / "hollow").mkdir()
+    assert "holds no checkpoint" in refused(capsys, *words, "--checkpoint", tmp_path / "hollow")
+    assert "holds no checkpoint" not in refused(capsys, *words, "--checkpoint", config)  # a file
+    broken = damaged(trained, tmp_path / "run")
+    assert "checkpoints/2: is damaged" in refused(capsys, *words, "--checkpoint", broken)
+    message = refused(capsys, *words, "--checkpoint", trained, "policy.architecture.num_layers=2")
+    assert f"{trained}/checkpoints/2: was saved from another model" in message
+    assert "config that it was trained with" in message
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["config.yaml", "hollow", "run"]
+
+
+# --- eval, export, report
+
+
+def test_eval_prints_its_table_and_writes_the_numbers(capsys, tmp_path, trained):
+    words = ["eval", trained / "config.yaml", "--checkpoint", trained, "--samples", "4", "--k", "1", "4"]
+    assert cli.main([*map(str, words), "--json", str(tmp_path / "scores.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == [
+        "benchmark", "problems", "samples", "Pass@1", "Pass@4", "mean tokens", "truncated", "no answer"
+    ]  # fmt: skip
+    assert [cell.strip() for cell in lines[2].split("|")[1:4]] == ["heldout", "8", "4"]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["samples"] == 4
+    assert len(scores["correct"]["heldout"]) == 8
+    by_hand = sum(scores["correct"]["heldout"].values()) / (8 * 4)
+    assert scores["metrics"]["eval/heldout/pass@1"] == pytest.approx(by_hand)
+    assert f"| {100 * by_hand:.1f} (" in lines[2]
+
+
+def test_every_name_of_a_checkpoint_and_its_export_give_the_same_scores(capsys, tmp_path, trained):
+    config = str(trained / "config.yaml")
+    exported = tmp_path / "exported"
+    assert cli.main(["export", config, "--checkpoint", str(trained), "--out", str(exported)]) == 0
+    assert capsys.readouterr().out == f"{exported}\n"
+    tables = []
+    for name in (trained, trained / "checkpoints", trained / "checkpoints" / "2", exported):
+        assert cli.main(["eval", config, "--checkpoint", str(name), "--samples", "8"]) == 0
+        tables.append(capsys.readouterr().out)
+    assert len(set(tables)) == 1
+    assert "Pass@8" in tables[0]
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(capsys, tmp_path, trained, monkeypatch):
+    words = ["eval", str(trained / "config.yaml"), "--checkpoint", str(trained), "--samples", "4", "--k", "1"]
+    assert cli.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    whole = (tmp_path / "whole" / "heldout_n4.jsonl").read_bytes()
+    expected = capsys.readouterr().out
+    # Stopped in the middle of a line, after two of eight problems and a part of the third.
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "heldout_n4.jsonl").write_bytes(b"".join(lines[:11]) + lines[11][:20])
+    assert cli.main([*words, "--out", str(tmp_path / "torn")]) == 0
+    assert (tmp_path / "torn" / "heldout_n4.jsonl").read_bytes() == whole
+    assert capsys.readouterr().out == expected
+    row = json.loads(lines[1])
+    assert set(row) == {"id", "sample", "gold", "text", "tokens", "truncated", "answered", "correct"}
+    message = refused(capsys, *words, "--out", tmp_path / "torn", "eval.temperature=0.5")
+    assert "was drawn with temperature = 1.0" in message
+    assert "--regrade" in message
+
+
+def test_regrading_samples_nothing_and_uses_the_saved_texts(capsys, tmp_path, trained, monkeypatch):
+    words = ["eval", str(trained / "config.yaml"), "--checkpoint", str(trained), "--samples", "4", "--k", "1"]
+    words += ["--out", str(tmp_path)]
+    assert "Finish the evaluation without --regrade" in refused(capsys, *words, "--regrade")
+    assert cli.main(words) == 0
+    before = capsys.readouterr().out
+    file = tmp_path / "heldout_n4.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[1:]:
+        row["text"], row["correct"] = row["gold"], False
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("dynamo_jax.evaluation.command.make_samplers", lambda *_: pytest.fail("it sampled"))
+    assert cli.main([*words, "--regrade"]) == 0
+    assert "| 100.0 (100.0 to 100.0)" in (after := capsys.readouterr().out)
+    assert before != after
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"]["eval/heldout/pass@1"] == 1.0
+
+
+def test_export_keeps_what_is_there(capsys, tmp_path, trained):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("precious")
+    words = ["export", trained / "config.yaml", "--checkpoint", trained, "--out"]
+    message = refused(capsys, *words, tmp_path / "out")
+    assert f"{tmp_path}/out: already exists" in message
+    assert snapshot(tmp_path / "out") == {"model.safetensors": b"precious"}
+    assert str(tmp_path / "out") in refused(capsys, *words, tmp_path / "out" / "model.safetensors" / "below")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--samples", "4", "--k", "1", "8"], ["--k 8", "--samples is 4", "Raise --samples"]),
+        (["--benchmark", "nowhere.jsonl"], ["nowhere.jsonl: no such data file", "--benchmark"]),
+        (["--benchmark", "a/x.jsonl", "b/x.jsonl"], ["no such data file"]),
+        (["--json", "nowhere/scores.json"], ["--json nowhere/scores.json", "folder that exists"]),
+        (["--json", "."], ["--json .", "is a folder"]),
+    ],
+)
+def test_what_stops_an_evaluation_before_it_samples(capsys, monkeypatch, tmp_path, trained, words, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dynamo_jax.evaluation.command.make_samplers", lambda *_: pytest.fail("it sampled"))
+    message = refused(capsys, "eval", trained / "config.yaml", "--checkpoint", trained, *words)
+    for part in expected:
+        assert part in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_of_files_needs_a_file(capsys, tmp_path):
+    config = write_config(tmp_path, task=MATH | {"train": ["x.jsonl"], "tokenizer": "folder"})
+    message = refused(capsys, "eval", config, "--checkpoint", tmp_path)
+    assert "--benchmark" in message
+    assert "task.eval" in message
+
+
+def test_report_of_runs_that_are_and_are_not(capsys, tmp_path, trained):
+    out = tmp_path / "x.html"
+    assert cli.main(["report", str(trained), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert "<html" in out.read_text()
+    before = out.read_bytes()
+    assert f"{tmp_path}/none: no such run folder" in refused(capsys, "report", trained, tmp_path / "none", "--out", out)
+    assert f"{tmp_path}/metrics.jsonl: no such file" in refused(capsys, "report", tmp_path, "--out", out)
+    assert out.read_bytes() == before
+    message = refused(capsys, "report", trained, "--out", tmp_path / "none" / "x.html")
+    assert f"{tmp_path}/none/x.html: cannot be written" in message
