@@ -240,3 +240,28 @@ def test_micro_batch_is_free_on_resume_unless_modulation_depends_on_it(tmp_path)
         text = f"{MINIMAL}modulation: {{scope: {scope}}}\n"
         old, new = (resolved(load(tmp_path, text, *o)) for o in ([], ["trainer.micro_batch=64"]))
         assert differences(old, new) == changes
+
+
+def without(tree: dict[str, object], keys: list[str]) -> dict[str, object]:
+    """The tree as a version wrote it that did not know this key."""
+    first, *rest = keys
+    return {k: without(v, rest) if k == first and rest else v for k, v in tree.items() if rest or k != first}
+
+
+def test_a_key_that_an_older_version_did_not_know_counts_as_its_default(tmp_path):
+    tree = resolved(load(tmp_path, MINIMAL, "policy.architecture={}"))
+
+    def paths(tree, *above):
+        for key, value in tree.items():
+            yield [*above, key]
+            if isinstance(value, dict):
+                yield from paths(value, *above, key)
+
+    for keys in paths(tree):
+        if keys not in (["run_dir"], ["policy"]) and keys[:2] != ["policy", "architecture"]:
+            assert differences(without(tree, keys), tree) == [], keys
+    changed = resolved(load(tmp_path, MINIMAL, "policy.architecture={}", "objective.clip_high=0.3", "eval.samples=9"))
+    for section, name, values in (("objective", "clip_high", "0.2 -> 0.3"), ("eval", "samples", "8 -> 9")):
+        assert f"{section}.{name}: {values}" in differences(without(tree, [section, name]), changed)
+        assert f"{section}.{name}: {values}" in differences(without(tree, [section]), changed)
+    assert differences(without(tree, ["policy", "architecture", "qkv_bias"]), tree) == []

@@ -58,8 +58,11 @@ def dump_config(config: Config) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = FREE_ON_RESUME) -> list[str]:
-    """`key: old -> new` for each resolved key that differs and changes the result (is not under `free`)."""
-    a, b = _flatten(old), _flatten(new)
+    """`key: old -> new` for each resolved key that differs and changes the result (is not under `free`).
+
+    A key that `old` lacks, as it was written before there was such a key, counts as its default.
+    """
+    a, b = _flatten(_with_defaults(old, Config)), _flatten(new)
     if "microbatch" in (a.get("modulation.scope"), b.get("modulation.scope")):
         free = [key for key in free if key != "trainer.micro_batch"]
     return [
@@ -67,6 +70,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = 
         for key in sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
     ]
+
+
+def _with_defaults(tree: dict[str, Any], section: Any) -> dict[str, Any]:
+    """`tree`, resolved by an older version, with the defaults of all keys of `section` that are newer."""
+    fields = section.__pydantic_fields__
+    newer = {name: field.default for name, field in fields.items() if name not in tree and not field.is_required()}
+    plain = json.loads(json.dumps(newer, default=dataclasses.asdict))
+    known = {
+        name: _with_defaults(value, _section(section, name)) if isinstance(value, dict) and name in fields else value
+        for name, value in tree.items()
+    }
+    return {**plain, **known}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -189,6 +204,11 @@ def _explain(error: Any) -> str:
 
 def _keys_of(section: Any, parents: list[str]) -> list[str]:
     for name in parents:
-        annotation = section.__pydantic_fields__[name].annotation
-        section = next((t for t in getattr(annotation, "__args__", ()) if dataclasses.is_dataclass(t)), annotation)
+        section = _section(section, name)
     return [field.name for field in dataclasses.fields(section)]
+
+
+def _section(section: Any, name: str) -> Any:
+    """The dataclass of the key `name` of a section, which may be optional."""
+    annotation = section.__pydantic_fields__[name].annotation
+    return next((t for t in getattr(annotation, "__args__", ()) if dataclasses.is_dataclass(t)), annotation)
