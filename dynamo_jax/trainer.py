@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -46,13 +46,13 @@ from dynamo_jax.rounds import (
 from dynamo_jax.run.agreement import check_same_run
 from dynamo_jax.run.bucket import locations
 from dynamo_jax.run.bucket_folder import open_run_folder
-from dynamo_jax.run.checkpoint import Checkpointer
+from dynamo_jax.run.contents import Contents
 from dynamo_jax.run.folder import RunFolder, Status
-from dynamo_jax.run.metrics import ProgressBar, setup_logging
+from dynamo_jax.run.keeper import Keeper
+from dynamo_jax.run.metrics import ProgressBar, plain_numbers, setup_logging
 from dynamo_jax.run.profiling import Profile
 from dynamo_jax.run.stopping import Ending, Interrupted, Stopping
 from dynamo_jax.run.storage import TemporaryFailure, patiently
-from dynamo_jax.run.writer import RunWriter
 from dynamo_jax.run.xla_cache import XlaCache
 from dynamo_jax.sharding import agreed, make_mesh, of_process_0, sharding, start_devices, to_host, to_mesh, total
 from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
@@ -78,18 +78,18 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
     start_devices(config.device, config.mesh)
     setup_logging(jax.process_index())
     writer = jax.process_index() == 0  # only this process writes
-    ending = Ending()
+    ending = Ending()  # the one that the peers, the watchdog and whatever is raised go through
     with watched(ending.lost) as ending.peers, ExitStack() as stack:
         stack.push(ending.announce)
         mesh = make_mesh(config.mesh)
         task = build_task(config)
         stack.callback(task.verifier.close)
-        trainer = Trainer(config, task, mesh)
+        trainer = Trainer(config, task, mesh, ending)
         if writer:
             trainer.folder = folder = stack.enter_context(open_run_folder(config.run_dir, config.checkpoint.patience))
             folder.check_or_write_config(config)
             stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
-            trainer.status = ending.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
+            ending.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
         check_same_run(config, task.fingerprints)
         trainer.run(profile)
         if writer:
@@ -101,17 +101,20 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
 
 
 class Trainer:
-    """All that lives as long as the run. `state`, `stats`, `data` and `best` are what a checkpoint holds."""
+    """All that lives as long as the run. `state`, `history` and `data` are what it goes on from (`run/contents.py`)."""
 
     state: TrainState
-    stats: AllocationState
-    best: float | None = None
-    folder: RunFolder  # process 0's, as all that is written there
-    status: Status
-    writer: RunWriter | None = None
-    _score: float | None = None  # of the step just done
+    history: AllocationState  # what is known of the prompts
+    folder: RunFolder | None = None  # process 0's
+    keeper: Keeper
+    watchdog: Watchdog
+    bar: ProgressBar
+    profile: Profile
+    _slow = True  # the step before took too long for one to be done again, or finished, within a notice
+    _updating = False  # between a step's first update and its end `state` is that of no step
+    _began: float | None = None  # the step
 
-    def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh, ending: Ending) -> None:
         c = self.config = config
         self.task, self.mesh = task, mesh
         self.places = locations(c.run_dir)
@@ -134,9 +137,9 @@ class Trainer:
             pad_id=task.tokenizer.pad_id,
         )
         self.grading = Grading(verdict_of(task.verifier))
-        self.stopping, self.ending = Stopping(), Ending()
-        self.patiently = partial(patiently, patience=c.checkpoint.patience, stop=self.stopping.check, agree=agreed)
+        self.stopping, self.ending = Stopping(), ending
         self.xla_cache = XlaCache(self.places.xla_cache)
+        self._held_out = ""  # the last score, as it is shown
         self._samples = ""  # the step's, to be written with its metrics
         self._seconds: dict[str, float] = {}
         self._known: set[str] = set()  # phases that were gone through once, with their compilations
@@ -145,7 +148,7 @@ class Trainer:
         """P prompts, B rollouts, their rewards, one or more updates. Returns the step's metrics."""
         c, killed = self.config, self.task.verifier.counts.get("killed", 0)
         prompts = next(self.data)
-        counts_P, prompt_of_B, success_P = to_host(self.allocation.allocate(self.stats, prompts.index_P, step))
+        counts_P, prompt_of_B, success_P = to_host(self.allocation.allocate(self.history, prompts.index_P, step))
         rounds = [self._sample_and_grade(prompts, prompt_of_B, self._key(step, SAMPLE))]
         while unfinished(c, rounds):  # never, unless the method samples in rounds
             rounds.append(self._sample_again(step, rounds))
@@ -171,7 +174,7 @@ class Trainer:
                 self.state, metrics = self.programs.update(self.state, batch, old, now)
                 updates.append(metrics)
             for one in rounds:
-                self.stats = self.allocation.record(self.stats, *record_arrays(c, one), step)
+                self.history = self.allocation.record(self.history, *record_arrays(c, one), step)
             updates = to_host(updates)
 
         skipped = self._count_skipped(step, updates)
@@ -209,7 +212,7 @@ class Trainer:
         c = self.config
         if c.rollout.dynamic_sampling.enabled:
             prompts = next(self.data)
-            _, prompt_of_R, _ = to_host(self.allocation.allocate(self.stats, prompts.index_P, step))
+            _, prompt_of_R, _ = to_host(self.allocation.allocate(self.history, prompts.index_P, step))
         else:
             prompts = rounds[0].prompts
             prompt_of_R = np.repeat(np.flatnonzero(unsatisfied(c, rounds)), c.rollout.per_prompt)
@@ -236,40 +239,40 @@ class Trainer:
                 stack.enter_context(self.xla_cache.enabled())
             self.watchdog = Watchdog(c.watchdog, end=self.ending.hangs)
             stack.callback(self.watchdog.close)
-            opened = partial(Checkpointer, self.places.checkpoints, keep=c.checkpoint.keep)
-            self.checkpoints = stack.enter_context(self.patiently(opened, "the checkpoints"))
-            done = self.patiently(self._resume, "the newest checkpoint")
-            if writer:
-                self.writer = stack.enter_context(RunWriter(self.folder, self.status, c, done))
+            self.keeper = stack.enter_context(
+                Keeper(c, self.places, self.folder, self.ending.status, self.stopping.check)
+            )
+            done, line = self._resume()
             if done is None:
                 self._start()
-            self.bar = ProgressBar(c.trainer.steps, done or 0, enabled=c.logging.progress and writer)
-            stack.callback(self.bar.close)
+            self.bar = stack.enter_context(ProgressBar(c.trainer.steps, done or 0, c.logging.progress and writer))
             self.profile = stack.enter_context(Profile(self.places.work / "profile", profile if writer else None))
             stack.push(self.ending.announce)
             if done is None:
-                sizes = [leaf.size for leaf in jax.tree.leaves(self.state.params)]
-                self._finish(0, {"policy/parameters": sum(sizes), **self._evaluate(), **self._times()})
+                self._finish(0, {"policy/parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params))})
+            elif line is not None:
+                self._complete(done, dict(line))  # killed before, or in the evaluation
+            elif self._evaluates(done):
+                self.keeper.add_score(done, self._score(self.keeper.written()))
             for step in range((done or 0) + 1, c.trainer.steps + 1):
                 with PROGRESS.doing(f"step {step}", patient="update" not in self._known):
                     self._run_step(step)
-            self._save(max(done or 0, c.trainer.steps), self._score, last=True)
+            self._save(max(done or 0, c.trainer.steps), last=True)
 
     def _run_step(self, step: int) -> None:
-        c, began, position = self.config, time.perf_counter(), self.data.state()
+        self._began, position = time.perf_counter(), self.data.state()
         try:
             with self.watchdog.watch("step", f"step {step}"), self.profile.of(step):
                 metrics = self.step(step)
         except Interrupted:
-            self.data.restore(position)  # it stopped before the update: forgetting the prompts undoes the step
-            self._save(step - 1, self._score, last=True)
+            if not self._updating:
+                self.data.restore(position)  # forgetting the prompts undoes the step
+                self._save(step - 1, last=True)
             raise
-        if step == c.trainer.steps or (c.eval.every and step % c.eval.every == 0):
-            with self.watchdog.watch("evaluation", f"the evaluation after step {step}"):
-                metrics |= self._evaluate()
-        self._finish(step, {**metrics, **self._times(), "time/step": time.perf_counter() - began})
+        self._slow = bool(agreed(time.perf_counter() - self._began > self.config.checkpoint.notice_seconds / 2))
+        self._finish(step, metrics)
         if self.stopping.asked():
-            self._save(step, self._score, last=True)
+            self._save(step, last=True)
             self.stopping.check()
 
     def _start(self) -> None:
@@ -281,24 +284,35 @@ class Trainer:
             heldout = [prompt.text for prompts in self.task.evals for prompt in prompts.prompts]
             log.info("Supervised warm-up: %d steps", c.warmup.steps)
             alone = dataclasses.replace(self.decoder, mesh=None)
-            # Every process trains its own, alike; hosts of another make may differ in the last bit.
-            host = of_process_0(warm_up(alone, c, heldout, key, lambda _: self.stopping.check()))
+            shown = c.logging.progress and jax.process_index() == 0
+            with ProgressBar(c.warmup.steps, enabled=shown, what="warm-up") as bar:
+
+                def each_step(done: int) -> None:
+                    bar.update(done)
+                    self.stopping.check()
+
+                # Every process trains its own, alike; hosts of another make may differ in the last bit.
+                host = of_process_0(warm_up(alone, c, heldout, key, each_step))
             params = to_mesh(host, param_shardings(host, self.mesh))
         else:
             params = init_policy(self.decoder, key)
-        self.state, self.stats = self.programs.init(params), self.allocation.init()
+        self.state, self.history = self.programs.init(params), self.allocation.init()
 
-    def _resume(self) -> int | None:
-        """Take over the newest checkpoint. Returns its step, None if there is none."""
-        target = {"train": self.programs.abstract_state, "stats": self.allocation.abstract_stats}
-        found = self.checkpoints.restore_newest(target)
-        if found is None:
-            return None
-        done, saved, host = found
-        self.state, self.stats, self.best = saved["train"], saved["stats"], host["best"]
-        self.data.restore(host["data"])
-        log.info("Resuming after step %d", done)
-        return done
+    def _resume(self) -> tuple[int | None, Mapping[str, Any] | None]:
+        """Take over the newest checkpoint. Returns its step, and the step's metrics if they are not yet written."""
+        arrays, _ = Contents(self.programs.abstract_state, self.allocation.abstract_stats).state()
+        saved = self.keeper.resume(arrays)
+        if saved is None:
+            return None, None
+        if saved.evals not in (None, self.task.fingerprints[1:]):
+            raise ValueError(
+                f"{self.places.checkpoints}: this run was evaluated on other prompts than the held-out files hold now: "
+                "its scores would be of two benchmarks. Restore the files, or set another run_dir to start a new run."
+            )
+        self.state, self.history = saved.train, saved.history
+        self.data.restore(saved.data)
+        log.info("Resuming after step %d", self.keeper.saved)
+        return self.keeper.saved, saved.line
 
     def _evaluate(self) -> dict[str, float]:
         e = self.config.eval
@@ -321,38 +335,51 @@ class Trainer:
         return metrics
 
     def _finish(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write the step's line, then its checkpoint if one is due: a checkpoint is never newer than its metrics."""
+        """Save what the step has made before anything else takes its time; then evaluate, and write the step's line."""
         c = self.config
-        names = [f"eval/{prompts.name}/pass@{min(c.eval.k)}" for prompts in self.task.evals]
-        scores = [metrics[name] for name in names if name in metrics]
-        score = self._score = float(np.mean(scores)) if scores else None
-        write = partial(self.writer.write, step, metrics, self._samples) if self.writer else _nothing
-        self.patiently(write, f"the metrics and rollouts of step {step}")
-        if step:
-            speed = metrics["rollout/tokens_per_second"]
-            self.bar.update(step, reward=metrics["reward/mean"], tokens_per_second=speed, score=score)
-        better = score is not None and (self.best is None or score > self.best)
-        if better:
-            self.best = score
-        if better or step % c.checkpoint.every == 0 or step == c.trainer.steps:
+        self.keeper.write_samples(step, self._samples)
+        # A slow step is saved each time: a notice of preemption may be too short to end the next one.
+        if step % c.checkpoint.every == 0 or self._evaluates(step) or self._slow:
             with self._phase("checkpoint"), self.watchdog.watch("checkpoint", f"the checkpoint of step {step}"):
-                self._save(step, score)
+                self._save(step, metrics)
                 self.xla_cache.settle()
+        self._complete(step, metrics)
 
-    def _save(self, step: int, score: float | None = None, last: bool = False) -> None:
-        """Start to save, in the background; the `last` time, only return when all is safe."""
-        state = {"train": self.state, "stats": self.stats}
-        host = {"data": self.data.state(), "best": self.best}
+    def _complete(self, step: int, metrics: dict[str, Any]) -> None:
+        """Evaluate if that is due, and write the line of `step`."""
+        score = None
+        if self._evaluates(step):
+            try:
+                with self.watchdog.watch("evaluation", f"the evaluation after step {step}"):
+                    scores = self._evaluate()
+            except Interrupted:
+                self._save(step, metrics, last=True)  # on its way already; the next start evaluates
+                raise
+            metrics, score = metrics | scores, self._score(scores)
+        self.keeper.write(step, metrics | self._times())
+        if step:
+            self._held_out = self._held_out if score is None else f"{score:.3f}"
+            shown = {"reward": f"{metrics['reward/mean']:.3f}", "held-out": self._held_out}
+            shown["tokens/s"] = f"{metrics['rollout/tokens_per_second']:.0f}"
+            self.bar.update(step, {name: value for name, value in shown.items() if value})
+        if score is not None:
+            self.keeper.add_score(step, score)
 
-        def save() -> None:
-            self.checkpoints.save(step, state, host, score)
-            if last:
-                self.checkpoints.wait()
+    def _evaluates(self, step: int) -> bool:
+        every, last = self.config.eval.every, self.config.trainer.steps
+        return step in (0, last) or bool(every and step % every == 0)
 
-        sync = partial(self.writer.sync, step) if self.writer else _nothing
-        with PROGRESS.doing("checkpoint", patient=True):  # hosts may take their time with their parts
-            self.patiently(sync, f"the metrics up to step {step}")
-            self.patiently(save, f"the checkpoint of step {step}")
+    def _score(self, metrics: Mapping[str, Any]) -> float | None:
+        """What the best checkpoint is chosen by: the mean Pass@k, k the smallest, of all evaluations."""
+        names = [f"eval/{prompts.name}/pass@{min(self.config.eval.k)}" for prompts in self.task.evals]
+        scores = [metrics[name] for name in names if metrics.get(name) is not None]
+        return float(np.mean(scores)) if scores else None
+
+    def _save(self, step: int, metrics: dict[str, Any] | None = None, last: bool = False) -> None:
+        """`metrics`: the step's, as long as its line is not written."""
+        line = None if metrics is None else plain_numbers(metrics | self._times(keep=True))
+        contents = Contents(self.state, self.history, self.data.state(), self.task.fingerprints[1:], line)
+        self.keeper.save(step, contents, last)
 
     def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
         """How many of the step's updates were skipped, each with a warning that names the metric and the step."""
@@ -370,10 +397,13 @@ class Trainer:
     def _random(self, step: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, step, stream])
 
-    def _times(self) -> dict[str, float]:
-        """`time/<phase>` in seconds since the last call. A checkpoint's time is in the line after it."""
+    def _times(self, keep: bool = False) -> dict[str, float]:
+        """`time/<phase>` in seconds since the last call that did not `keep` them, and `time/step` since it began."""
         times = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        self._seconds = {}
+        if self._began is not None:
+            times["time/step"] = time.perf_counter() - self._began
+        if not keep:
+            self._seconds = {}
         return times
 
     @contextmanager
@@ -384,7 +414,3 @@ class Trainer:
             yield
         self._known.add(name)
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
-
-
-def _nothing() -> None:
-    """What a process that writes nothing does where process 0 writes."""

@@ -20,7 +20,7 @@ TINY = {
     "allocation": {"low": 1, "high": 4},
     "trainer": {"steps": 2},
     "eval": {"every": 0, "samples": 2, "k": [1, 2]},
-    "checkpoint": {"every": 1},
+    "checkpoint": {"every": 1, "notice_seconds": 1e6},
     "logging": {"tensorboard": False, "progress": False},
 }
 MATH = {"kind": "math", "max_prompt_tokens": 64, "chat_template": False}

@@ -13,6 +13,7 @@ import pytest
 
 from dynamo_jax.config import load_config
 from dynamo_jax.plan import GIB, ProgramPlan, compile_jobs, jobs, plan_command, run_jobs
+from dynamo_jax.run.stopping import Ending
 from dynamo_jax.sharding import make_mesh
 from dynamo_jax.tasks.task import build_task
 from dynamo_jax.trainer import Trainer
@@ -40,7 +41,7 @@ def test_planned_programs_are_those_that_the_trainer_runs(tmp_path):
     """A step and an evaluation after the plan trace nothing again: function, shapes and dtypes were the same."""
     config = small_config(tmp_path, "eval.temperature=0.5")
     mesh = make_mesh(config.mesh)
-    trainer = Trainer(config, build_task(config), mesh)
+    trainer = Trainer(config, build_task(config), mesh, Ending())
     trainer._start()
     programs = (trainer.programs, trainer.allocation, trainer.sampler, trainer.eval_sampler)
     found = jobs(config, mesh, *programs)

@@ -1,6 +1,7 @@
 """Runs whose storage or machine fails them. What they leave equals what an undisturbed run does."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -24,9 +25,10 @@ from dynamo_jax import cli
 from dynamo_jax import trainer as loop
 from dynamo_jax.run import bucket_folder, storage
 from dynamo_jax.run.checkpoint import Checkpointer, resolve_checkpoint
+from dynamo_jax.run.folder import Status
 from dynamo_jax.run.metrics import read_metrics
 from dynamo_jax.run.storage import TemporaryFailure
-from dynamo_jax.run.writer import RunWriter
+from dynamo_jax.run.writer import RolloutFiles, RunWriter
 
 STEPS = 3
 
@@ -181,7 +183,7 @@ def test_disk_that_stays_full_ends_the_run_which_goes_on_later(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as context:
-        before(context, RunWriter, "write", 2, disk.fill)
+        before(context, RolloutFiles, "write", 2, disk.fill)
         assert train(disk.path, "checkpoint.patience=5") == os.EX_TEMPFAIL
     assert re.search(r"step 2: failed for 5 s: .*No space left.* the same command goes on", capsys.readouterr().err)
     assert sum(naps) == 5
@@ -225,6 +227,48 @@ def test_status_tells_a_run_to_start_again_from_one_to_mend(
     assert train(tmp_path) == (os.EX_TEMPFAIL if state == "stopped" else 2)
     assert seen == [("running", 0, "")]
     assert status(tmp_path) == (state, 0, str(error))
+
+
+def test_what_ends_a_run_that_hangs_tells_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog's way out and the one that knows `status.json` and the other processes are one."""
+    statuses: list[int] = []
+
+    def leave(exit_status: int) -> None:
+        statuses.append(exit_status)
+        raise TemporaryFailure("the process is gone")
+
+    def hang(trainer: loop.Trainer, *_: object) -> None:
+        seen.append(trainer.ending.peers)
+        trainer.ending.hangs("step 7 has taken 1800 s")
+
+    seen: list[object] = []
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(loop.Trainer, "run", hang)
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(Status, "end", lambda _, state, message: told.append((state, message)))
+    train(tmp_path)
+    assert told[0][0] == "stopped"
+    assert "step 7 has taken 1800 s" in told[0][1]
+    assert statuses == [os.EX_TEMPFAIL]
+
+
+def test_other_held_out_prompts_are_refused_on_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same config, but a held-out file with other content."""
+    assert train(tmp_path, steps=1) == 0
+    before = result(tmp_path)
+    build = loop.build_task
+
+    def other(config: Any) -> Any:
+        task = build(config)
+        held_out = dataclasses.replace(task.evals[0], fingerprint="of other content")
+        return dataclasses.replace(task, evals=(held_out,))
+
+    monkeypatch.setattr(loop, "build_task", other)
+    assert train(tmp_path) == 2
+    assert "evaluated on other prompts" in capsys.readouterr().err
+    assert result(tmp_path) == before
 
 
 @pytest.mark.usefixtures("quick")

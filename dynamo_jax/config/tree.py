@@ -310,9 +310,12 @@ class EvalConfig:
 
 @dataclass(frozen=True, config=_strict)
 class CheckpointConfig:
+    """Beside every `every`-th step, each step before its evaluation, and each that takes half of `notice_seconds`."""
+
     every: PositiveInt = 25  # steps
     keep: PositiveInt = 2  # the newest ones kept, beside the best
     patience: NonNegativeFloat = 600.0  # seconds that failing storage is tried again before the run ends
+    notice_seconds: NonNegativeFloat = 30.0  # from SIGTERM to the end of the machine, where it is preempted
 
 
 @dataclass(frozen=True, config=_strict)

@@ -11,6 +11,7 @@ from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf, save_hf
 from dynamo_jax.policy.model import DecoderConfig, abstract_policy
 from dynamo_jax.run.checkpoint import Checkpointer, resolve_checkpoint
+from dynamo_jax.run.contents import params_of, with_params_alone
 from dynamo_jax.sharding import make_mesh, start_devices
 
 
@@ -32,4 +33,4 @@ def load_policy(checkpoint: Path, decoder: DecoderConfig) -> Any:
     directory, step = resolve_checkpoint(checkpoint)
     _, abstract_params = abstract_policy(decoder)
     with Checkpointer(directory, keep=1, read_only=True) as checkpoints:
-        return checkpoints.restore(step, {"train": {"params": abstract_params}}, partial=True)[0]["train"]["params"]
+        return params_of(checkpoints.restore(step, with_params_alone(abstract_params), partial=True)[0])

@@ -33,6 +33,7 @@ from dynamo_jax.run.checkpoint_files import (
     step_folders,
     write_files_list,
 )
+from dynamo_jax.run.folder import write_atomic
 from dynamo_jax.run.storage import StorageError, failing_quietly
 from dynamo_jax.sharding import agreed
 
@@ -154,6 +155,28 @@ class Checkpointer:
         with self._writing(step):
             self._manager.save(step, args=arguments, metrics=metrics, force=True)
         return True
+
+    def add_score(self, step: int, score: float | None) -> None:
+        """Give the checkpoint of `step`, which was saved before it was evaluated, its score.
+
+        Waits for its save. Only process 0's `score` counts; None, one that is not finite and a checkpoint that is gone
+        change nothing. Raises `CheckpointStorageError` if it cannot be written; the same call may be made again.
+        """
+        self.wait()
+        file = self._folder(step) / "metrics" / "metrics"  # where and as orbax itself writes one
+
+        def write() -> None:
+            if score is None or not math.isfinite(score) or step not in self.steps():
+                return
+            text = json.dumps({"score": float(score)})
+            if is_remote(file):
+                file.write_text(text)  # an object appears whole
+            else:
+                file.parent.mkdir(exist_ok=True)
+                write_atomic(file, text)
+
+        _by_process_0(write, self._folder(step), CheckpointStorageError)
+        self._manager.reload()
 
     def restore(self, step: int, abstract_state: Any, partial: bool = False) -> tuple[Any, dict[str, Any]]:
         """The state, onto the shardings of `abstract_state` (`jax.ShapeDtypeStruct` leaves), and the host data.

@@ -31,7 +31,8 @@ class MetricsLog:
 
     `resume_step` is the step of the checkpoint that the run goes on from, None if it starts anew. The lines up to it
     are kept byte for byte; whatever a killed run wrote after it is dropped, since those steps are done again. Lines
-    carry consecutive steps, the first one 0 or 1. With several processes, only process 0 makes one.
+    carry consecutive steps, the first one 0 or 1. With `may_lack`, the line of `resume_step` itself may be missing: the
+    checkpoint knows it. `last` is the step of the last line. With several processes, only process 0 makes one.
 
     Raises `ValueError` naming the file, the line and the remedy if a line up to `resume_step` is missing or broken, if
     the folder cannot be written, or if W&B is asked for but not installed.
@@ -42,18 +43,19 @@ class MetricsLog:
         folder: Path,
         resume_step: int | None,
         *,
+        may_lack: bool = False,
         tensorboard: bool = True,
         wandb_project: str | None = None,
         config: Mapping[str, Any] | None = None,
         run_name: str | None = None,
     ) -> None:
         self.path = Path(folder) / METRICS_NAME
-        self._last: int | None = None  # step of the last line
-        self._durable = self._resume(resume_step)  # bytes that are safe, whatever the storage does
+        self.last: int | None = None
+        self._durable = self._resume(resume_step, may_lack)  # bytes that are safe, whatever the storage does
         self._pending = bytearray()  # the lines after them
         self._torn = False  # whether the file may hold something else than these lines
         self._nonfinite: set[str] = set()
-        first_redone = 0 if resume_step is None else resume_step + 1
+        first_redone = 0 if self.last is None else self.last + 1
         self._tensorboard = _open_tensorboard(self.path.parent / "tensorboard", first_redone) if tensorboard else None
         self._wandb = _open_wandb(self.path.parent, wandb_project, config, run_name) if wandb_project else None
         try:
@@ -68,11 +70,9 @@ class MetricsLog:
         Raises `StorageError` if the file cannot be written; the same call may be made again and leaves one whole line.
         Raises `ValueError` if `step` does not follow the last one, or a value is no number.
         """
-        if step not in ((0, 1) if self._last is None else (self._last + 1,)):
-            raise ValueError(
-                f"{self.path}: step {step} after step {self._last}: steps must be consecutive, from 0 or 1"
-            )
-        numbers = {name: _number(name, metrics[name]) for name in sorted(metrics)}
+        if step not in ((0, 1) if self.last is None else (self.last + 1,)):
+            raise ValueError(f"{self.path}: step {step} after step {self.last}: steps must be consecutive, from 0 or 1")
+        numbers = plain_numbers(metrics)
         for name in [name for name, value in numbers.items() if not math.isfinite(value)]:
             if name not in self._nonfinite:
                 logger.warning("%s is %s at step %d (said once for this metric)", name, numbers[name], step)
@@ -82,7 +82,7 @@ class MetricsLog:
         with self._writing():
             self._append(line)
         self._pending += line
-        self._last = step
+        self.last = step
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -140,7 +140,7 @@ class MetricsLog:
             self._torn = False
         _write_all(self._file, line)
 
-    def _resume(self, resume_step: int | None) -> int:
+    def _resume(self, resume_step: int | None, may_lack: bool) -> int:
         """Cut the file back to what the checkpoint has seen. Returns its size."""
         try:
             data = self.path.read_bytes()
@@ -150,13 +150,13 @@ class MetricsLog:
             raise cannot_write(self.path, error) from error
         end = 0
         if resume_step is not None:
-            end, self._last = _prefix_through(self.path, data, resume_step)
+            end, self.last = _prefix_through(self.path, data, resume_step, may_lack)
         if len(data) > end:
             write_atomic(self.path, data[:end])
         return end
 
 
-def _prefix_through(path: Path, data: bytes, resume_step: int) -> tuple[int, int | None]:
+def _prefix_through(path: Path, data: bytes, resume_step: int, may_lack: bool) -> tuple[int, int | None]:
     """Bytes of `data` up to the line of `resume_step`, and the last step in them (None: no line, resume from 0)."""
     remedy = "Restore the file, delete the checkpoints of this step and later, or start anew in another run_dir"
     last: int | None = None
@@ -170,7 +170,7 @@ def _prefix_through(path: Path, data: bytes, resume_step: int) -> tuple[int, int
         last = line["step"]
         if last == resume_step:
             return end, last
-    if resume_step == 0:
+    if resume_step == 0 or (may_lack and last == resume_step - 1):
         return end, last
     found = "is empty" if last is None else f"ends after step {last}"
     raise ValueError(f"{path}: {found}, but the checkpoint to resume from is of step {resume_step}. {remedy}.")
@@ -204,6 +204,11 @@ def _lines(path: Path, data: bytes, remedy: str) -> Iterator[tuple[int, int, dic
         if not isinstance(line, dict) or type(line.get("step")) is not int:
             raise ValueError(f"{path}:{number}: not an object with a whole number `step`. {remedy}")
         yield number, end, line
+
+
+def plain_numbers(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    """Python numbers of scalars and scalar arrays, by name, in order. Raises `ValueError` for anything else."""
+    return {name: _number(name, metrics[name]) for name in sorted(metrics)}
 
 
 def _number(name: str, value: Any) -> int | float:
@@ -297,27 +302,23 @@ def _open_wandb(folder: Path, project: str, config: Mapping[str, Any] | None, ru
 
 
 class ProgressBar:
-    """Steps done of `total`, with reward, held-out score, tokens/s and time left.
+    """Steps done of `total`, what was said of the last one, and the time left.
 
     On a terminal a bar; otherwise a log line, at most one every `LINE_SECONDS` and one for the last step. With
-    `enabled=False`, neither.
+    `enabled=False`, neither. `what` is done in these steps, where it is not the run itself.
     """
 
-    def __init__(self, total: int, initial: int = 0, enabled: bool = True) -> None:
-        self._total, self._initial, self._enabled = total, initial, enabled
+    def __init__(self, total: int, initial: int = 0, enabled: bool = True, what: str = "") -> None:
+        self._total, self._initial, self._enabled, self._what = total, initial, enabled, what
         self._start = time.monotonic()
-        self._said = -math.inf
-        self._score: float | None = None
+        self._said = self._start if what else -math.inf
         terminal = enabled and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True) if terminal else None
+        options = {"total": total, "initial": initial, "unit": "step", "desc": what or None, "dynamic_ncols": True}
+        self._bar = tqdm(**options) if terminal else None
 
-    def update(self, step: int, *, reward: float, tokens_per_second: float, score: float | None = None) -> None:
-        """Show that `step` steps are done. `score` is the held-out score; the last one given stays."""
-        self._score = self._score if score is None else score
-        shown = {"reward": f"{reward:.3f}"}
-        if self._score is not None:
-            shown["held-out"] = f"{self._score:.3f}"
-        shown["tokens/s"] = f"{tokens_per_second:.0f}"
+    def update(self, step: int, shown: Mapping[str, str] | None = None) -> None:
+        """Show that `step` steps are done, with these values."""
+        shown = shown or {}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -326,14 +327,21 @@ class ProgressBar:
             if now - self._said >= LINE_SECONDS or step >= self._total:
                 self._said = now
                 seconds = (now - self._start) / max(step - self._initial, 1) * max(self._total - step, 0)
-                text = ", ".join(f"{name} {value}" for name, value in shown.items())
-                left = tqdm.format_interval(seconds)
-                logger.info("step %d/%d: %s, time left %s", step, self._total, text, left)
+                said = [f"{name} {value}" for name, value in shown.items()]
+                said.append(f"time left {tqdm.format_interval(seconds)}")
+                what = f"{self._what}, step" if self._what else "step"
+                logger.info("%s %d/%d: %s", what, step, self._total, ", ".join(said))
 
     def close(self) -> None:
         """Leave the bar as it is and go to the next line."""
         if self._bar is not None:
             self._bar.close()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _TqdmHandler(logging.Handler):

@@ -16,30 +16,33 @@ FOLDER = "rollouts"
 class RunWriter:
     """The metrics, some rollouts and the status of a run that goes on after `resume_step` (None: starts anew).
 
-    Only process 0 makes one. Raises `ValueError` as `MetricsLog` does.
+    With `may_lack`, the line of that step may be missing. Only process 0 makes one. Raises `ValueError` as `MetricsLog`
+    does.
     """
 
-    def __init__(self, folder: RunFolder, status: Status, config: Config, resume_step: int | None) -> None:
+    def __init__(
+        self, folder: RunFolder, status: Status, config: Config, resume_step: int | None, may_lack: bool = False
+    ) -> None:
         options = config.logging
         self.folder, self.status = folder, status
         self.rollouts = RolloutFiles(folder.path, options.rollouts_keep)
         self.metrics = MetricsLog(
             folder.path,
             resume_step,
+            may_lack=may_lack,
             tensorboard=options.tensorboard,
             wandb_project=options.wandb_project,
             config=resolved(config),
             run_name=config.run_dir.rstrip("/").rpartition("/")[2],
         )
 
-    def write(self, step: int, metrics: Mapping[str, Any], samples: str) -> None:
-        """What `step` has left. Raises `StorageError` or `OSError`; the same call may be made again."""
-        self.rollouts.write(step, samples)
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The line of `step`. Raises `StorageError` or `OSError`; the same call may be made again."""
         self.status.update(step)
         self.metrics.write(step, metrics)  # comes last: it takes each step once
 
     def sync(self, step: int) -> None:
-        """Make all of it safe before the checkpoint of `step`, which may not be newer. Raises as `write` does."""
+        """Make all that was written safe before the checkpoint of `step`. Raises as `write` does."""
         self.metrics.sync()
         self.status.update(step, now=True)
         self.folder.sync()

@@ -201,6 +201,22 @@ def test_keeps_the_last_ones_and_the_best(tmp_path):
         assert_equal(checkpointer.restore(7, abstract(small()))[0], small(7))
 
 
+def test_a_score_that_comes_after_the_save_counts_as_one_that_came_with_it(tmp_path):
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        for step, score in {1: 0.2, 2: 0.9, 3: 0.3, 4: None, 5: float("nan"), 6: 0.4}.items():
+            checkpointer.save(step, small(step), {"step": step})
+            checkpointer.add_score(step, score)
+        assert (checkpointer.steps(), checkpointer.best()) == ([2, 6], 2)
+        checkpointer.add_score(5, 1.0)  # it is not there any more
+        checkpointer.add_score(6, 0.4)  # once more, as after a kill
+        assert folders(tmp_path) == ["2", "6"]
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(7, small(7), {})
+        checkpointer.wait()
+        assert (checkpointer.steps(), checkpointer.best()) == ([2, 7], 2)
+        assert_equal(checkpointer.restore(2, abstract(small()))[0], small(2))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_arrays_donated_right_after_save(tmp_path, shape):
     sharding = NamedSharding(mesh(shape), PartitionSpec("fsdp", "tensor"))

@@ -298,6 +298,20 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert rows == [(1, {"a": 1.0}), (2, {"a": 1.0})]
 
 
+@pytest.mark.parametrize(("there", "last"), [(2, 2), (3, 3), (5, 3)])
+def test_the_line_of_the_checkpoint_itself_may_be_missing(tmp_path, there, last):
+    with MetricsLog(tmp_path, None, tensorboard=False) as log:
+        for step in range(there + 1):
+            log.write(step, {"a": step})
+    with MetricsLog(tmp_path, 3, may_lack=True, tensorboard=False) as log:
+        assert log.last == last
+        if log.last == 2:
+            log.write(3, {"a": 3})
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"ends after step 3, but the checkpoint to resume from is of step 5"):
+        MetricsLog(tmp_path, 5, may_lack=True, tensorboard=False)
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog):
     clock = [100.0]
     monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
@@ -305,29 +319,39 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog)
         progress = ProgressBar(20, initial=10)
         for step in range(11, 21):
             clock[0] += 1.0
-            progress.update(step, reward=0.5, tokens_per_second=1234.4, score=0.25 if step == 11 else None)
+            progress.update(step, {"reward": "0.500", "tokens/s": "1234"})
         progress.close()
     lines = [record.getMessage() for record in caplog.records]
-    assert lines[0] == "step 11/20: reward 0.500, held-out 0.250, tokens/s 1234, time left 00:09"
+    assert lines[0] == "step 11/20: reward 0.500, tokens/s 1234, time left 00:09"
     assert [line.split(":")[0] for line in lines] == ["step 11/20", "step 16/20", "step 20/20"]
-    assert "held-out 0.250" in lines[1]
+
+
+def test_progress_of_something_before_the_run_says_what(monkeypatch, caplog):
+    clock = [100.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
+    with caplog.at_level(logging.INFO, "dynamo_jax"), ProgressBar(40, what="warm-up") as progress:
+        for step in range(1, 41):
+            clock[0] += 0.25
+            progress.update(step)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["warm-up, step 20/40: time left 00:05", "warm-up, step 40/40: time left 00:00"]
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     progress = ProgressBar(3)
     for step in (1, 2, 3):
-        progress.update(step, reward=step / 10, tokens_per_second=50.0, score=0.5)
+        progress.update(step, {"reward": f"{step / 10:.3f}", "held-out": "0.500"})
     progress.close()
     text = capsys.readouterr().err
     assert "3/3" in text
-    assert "reward=0.300, held-out=0.500, tokens/s=50" in text
+    assert "reward=0.300, held-out=0.500" in text
 
 
 def test_progress_switched_off_says_nothing(caplog, capsys):
     with caplog.at_level(logging.INFO, "dynamo_jax"):
         progress = ProgressBar(1, enabled=False)
-        progress.update(1, reward=1.0, tokens_per_second=1.0)
+        progress.update(1, {"reward": "1.000"})
         progress.close()
     assert not caplog.records
     assert capsys.readouterr().err == ""
