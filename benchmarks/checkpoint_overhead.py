@@ -41,9 +41,9 @@ def main() -> int:
         kept = len(list((Path(folder) / "run" / "checkpoints").glob("[0-9]*")))
 
     seconds = {line["step"]: line["time/step"] for line in lines[1:]}
-    blocked = {line["step"] - 1: line["time/checkpoint"] for line in lines[1:] if "time/checkpoint" in line}
+    blocked = {line["step"]: line["time/checkpoint"] for line in lines[1:] if "time/checkpoint" in line}
     blocked = {step: value for step, value in blocked.items() if step >= EVERY}  # after the first steps' compilations
-    near = {step + i for step in blocked for i in range(1, AFTER + 1)}
+    near = {step + i for step in blocked for i in range(AFTER + 1)}
     usual = statistics.median(value for step, value in seconds.items() if step not in near and step > AFTER)
     slowed = [sum(seconds[step + i] - usual for i in range(1, AFTER + 1)) for step in blocked]
     costs = [blocked[step] + extra for step, extra in zip(blocked, slowed, strict=True)]
