@@ -14,19 +14,18 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from fractions import Fraction
 from typing import Any, Protocol
 
 from dynamo_jax.tasks import arithmetic
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.latex import normalise
+from dynamo_jax.tasks.gsm8k import gold_number, gsm8k
 
 MAX_CHARS = 400  # of a countdown expression
 _EXPRESSION = re.compile(r"[\d+\-*/() ]+")
 _FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?\$?\s*(\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 class Grader(Protocol):
@@ -49,21 +48,6 @@ class Reward(Protocol):
 def exact(output: str, gold: str) -> float:
     """1 if the extracted answer is the reference answer, character for character."""
     return float((extract(output) or "").strip() == gold.strip() != "")
-
-
-def gsm8k(output: str, gold: str) -> float:
-    """1 if the number after the last `####` is the reference number. No `####`: 0."""
-    found, expected = (_hash_number(text) for text in (output, gold if "####" in gold else f"#### {gold}"))
-    return float(found is not None and found == expected)
-
-
-def _hash_number(text: str) -> Fraction | None:
-    _, mark, after = text.rpartition("####")
-    match = _NUMBER.match(after.strip()) if mark else None
-    if match is None or len(match.group(1)) > 50:
-        return None
-    value = Fraction(match.group(1).replace(",", ""))
-    return -value if match.group(0).startswith("-") else value
 
 
 def countdown(output: str, gold: str) -> float:
@@ -196,7 +180,7 @@ def _gold_problem(name: str, gold: str) -> str | None:
             countdown_gold(gold)
         except ValueError as error:
             return str(error)
-    if name == "gsm8k" and _hash_number(gold if "####" in gold else f"#### {gold}") is None:
+    if name == "gsm8k" and gold_number(gold) is None:
         return f"the reference answer {gold[:80]!r} is no number"
     return None if gold.strip() else "the reference answer is empty"
 

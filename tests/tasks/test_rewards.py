@@ -13,7 +13,6 @@ from dynamo_jax.tasks.rewards import (
     countdown,
     exact,
     format_reward,
-    gsm8k,
     length_penalty,
     load_reward,
 )
@@ -63,12 +62,7 @@ def test_countdown_needs_its_kind_of_gold(gold):
     assert "countdown" in (RewardGrader("countdown").unreadable([gold])[0] or "")
 
 
-def test_gsm8k_and_exact():
-    assert gsm8k("so\n#### 1,234", "1234") == 1
-    assert gsm8k("#### $12.50 in all", "work #### 12.5") == 1
-    assert gsm8k("#### -3", "-3") == 1
-    assert gsm8k(r"\boxed{1234}", "1234") == 0
-    assert gsm8k("#### ", "1234") == 0
+def test_exact():
     assert exact(r"\boxed{1/2}", "1/2") == 1
     assert exact(r"\boxed{0.5}", "1/2") == 0
     assert exact("", "") == 0
