@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -94,6 +95,18 @@ def test_what_grading_raises_comes_out():
         judged(Broken(), PIECES)
     with pytest.raises(TimeoutError, match="the grader's own"):
         judged(dataclasses.make_dataclass("Late", [], bases=(Same,), namespace={"grade_batch": late})(), PIECES)
+
+
+def test_what_ends_just_when_the_waiting_does_is_taken():
+    class Late(Future):
+        def result(self, timeout=None):
+            if timeout is not None and not self.done():
+                self.set_result([1.0, 0.0])
+                raise TimeoutError
+            return super().result(timeout)
+
+    judge = Judge(Grading(Same()), Same(), Letters())
+    assert judge._waited_for(Late()) == [1.0, 0.0]
 
 
 def late(*_):

@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.tasks import arithmetic
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.latex import normalise
 from dynamo_jax.tasks.gsm8k import gold_number, gsm8k
 
+PULSE_SECONDS = 1.0
 MAX_CHARS = 400  # of a countdown expression
 _EXPRESSION = re.compile(r"[\d+\-*/() ]+")
 _FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
@@ -221,6 +223,21 @@ def verdict_of(grader: Grader) -> Grader:
     return grader.base if isinstance(grader, Shaped) else grader
 
 
+class Signs:
+    """Of life, for the other hosts that wait for this one: a pulse whenever the grader's counts have moved."""
+
+    def __init__(self, grader: Grader) -> None:
+        self._grader = grader
+        self._seen: dict[str, int] | None = None
+
+    def look(self) -> None:
+        """Call it now and then while waiting for the grader. One that hangs gives no sign."""
+        counts = dict(self._grader.counts)
+        if counts != self._seen:
+            self._seen = counts
+            PROGRESS.pulse()
+
+
 class Grading:
     """Grades in the background: the device goes on while early rollouts are judged.
 
@@ -234,7 +251,9 @@ class Grading:
         self._room = threading.BoundedSemaphore(waiting)
 
     def submit(self, pairs: Sequence[tuple[str, str]]) -> Future[Sequence[float]]:
-        self._room.acquire()
+        signs = Signs(self.grader)
+        while not self._room.acquire(timeout=PULSE_SECONDS):
+            signs.look()
         try:
             future = self._thread.submit(self.grader.grade_batch, pairs)
         except RuntimeError:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from dynamo_jax.hosts.progress import PROGRESS
+from dynamo_jax.tasks import rewards
 from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.rewards import (
     Grading,
@@ -122,6 +124,29 @@ def test_grading_in_the_background_keeps_order_and_makes_the_caller_wait():
     grading.close()
     with pytest.raises(RuntimeError):
         grading.submit([])
+
+
+def test_waiting_for_room_gives_signs_of_life_while_the_grader_moves(monkeypatch):
+    """The main thread waits in `submit`: on a slow host the others would take it for hung."""
+    pulses: list[int] = []
+    monkeypatch.setattr(rewards, "PULSE_SECONDS", 0.01)
+    monkeypatch.setattr(PROGRESS, "pulse", lambda: pulses.append(1))
+
+    class Moving(Slow):
+        @property
+        def counts(self):
+            return {"graded": min(len(pulses), 5)}  # answers come out five times, then no more
+
+    slow = Moving()
+    grading = Grading(slow, waiting=1)
+    grading.submit([("a", "a")])
+    assert pulses == []  # there was room
+    timer = threading.Timer(0.5, slow.go.set)
+    timer.start()
+    assert grading.submit([("b", "b")]).result(20) == [1.0]
+    assert 5 <= len(pulses) <= 6
+    timer.join()
+    grading.close()
 
 
 def test_math_verify_compat_has_three_decimals(tmp_path, monkeypatch):
