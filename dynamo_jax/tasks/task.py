@@ -19,8 +19,6 @@ from dynamo_jax.tasks.read import Row
 from dynamo_jax.tasks.rewards import Grader, RewardGrader, Shaped
 from dynamo_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 
-KILLED_ANSWERS = "killed_answers.jsonl"  # in the run's folder
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -47,8 +45,8 @@ def build_tokenizer(config: Config) -> Tokenizer:
 def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
     """The task's grader. Workers start with the first answer that needs one.
 
-    Answers that cost a worker its life are added to `killed_file`. Raises `ValueError` for a reward of the user's own
-    that cannot be loaded.
+    The newest answers that cost a worker its life are written to `killed_file`. Raises `ValueError` for a reward of the
+    user's own that cannot be loaded.
     """
     if config.task.kind == "arithmetic":
         return ArithmeticVerifier()
@@ -72,6 +70,17 @@ def _base_grader(config: Config, killed_file: Path | None) -> Verifier | RewardG
     return RewardGrader(r.kind)
 
 
+def killed_answers(config: Config) -> Path:
+    """Where this process writes down the answers that cost a worker its life: each has a file of its own.
+
+    Process 0 mirrors its working folder if the run is in a bucket. The others write where the checkpoints are.
+    """
+    places, index = locations(config.run_dir), jax.process_index()
+    if index == 0:
+        return places.work / "killed_answers.jsonl"
+    return places.checkpoints.parent / f"killed_answers.{index}.jsonl"
+
+
 def build_task(config: Config) -> Task:
     """Read or make all that the config names.
 
@@ -82,9 +91,8 @@ def build_task(config: Config) -> Task:
         train, heldout = _arithmetic(config, tokenizer)
         return Task(tokenizer, train, (heldout,), build_verifier(config))
     train = _read(config.task.train, tokenizer, config)
-    writer = jax.process_index() == 0  # of several processes only this one writes in the run's folder
-    verifier = build_verifier(config, locations(config.run_dir).work / KILLED_ANSWERS if writer else None)
-    return Task(tokenizer, train, eval_prompts(config, tokenizer, ()), verifier)
+    evals = eval_prompts(config, tokenizer, ())
+    return Task(tokenizer, train, evals, build_verifier(config, killed_answers(config)))
 
 
 def eval_prompts(config: Config, tokenizer: Tokenizer, files: Sequence[str]) -> tuple[PromptSet, ...]:

@@ -1,5 +1,6 @@
 """What a config's task becomes: prompts, tokenizer and grader."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 from dynamo_jax.config import Config, load_config
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve
 from dynamo_jax.tasks.grading.verifier import Verifier
-from dynamo_jax.tasks.task import build_task, build_tokenizer, build_verifier, eval_prompts
+from dynamo_jax.tasks.task import build_task, build_tokenizer, build_verifier, eval_prompts, killed_answers
 
 
 def load(tmp_path: Path, seed: int = 0, **task: object) -> Config:
@@ -135,6 +136,22 @@ def test_the_verifier_gets_its_limits_from_the_config(tmp_path, monkeypatch):
     build_verifier(load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder"))
     assert seen == {"workers": 1, "timeout": 7.0, "memory_mb": 256, "kind": "math", "killed_file": None}
     Verifier(**seen).close()  # these are its names
+
+
+def test_every_process_has_a_file_of_killed_answers(tmp_path, monkeypatch):
+    """In the run's folder. In a bucket, process 0's is where it mirrors, the others' right there."""
+    monkeypatch.setenv("DYNAMO_JAX_WORK_DIR", str(tmp_path / "work"))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")  # nobody is asked
+    config = load(tmp_path)
+    files = {}
+    for index in range(2):
+        monkeypatch.setattr("jax.process_index", lambda index=index: index)
+        for run in ("runs/a", "gs://bucket/runs/a"):
+            files[run, index] = str(killed_answers(dataclasses.replace(config, run_dir=run)))
+    assert files["runs/a", 0] == "runs/a/killed_answers.jsonl"
+    assert files["runs/a", 1] == "runs/a/killed_answers.1.jsonl"
+    assert files["gs://bucket/runs/a", 0].startswith(f"{tmp_path}/work/a-")
+    assert files["gs://bucket/runs/a", 1] == "gs://bucket/runs/a/killed_answers.1.jsonl"
 
 
 @pytest.mark.shared

@@ -4,11 +4,12 @@ Reads requests from standard input and writes replies to standard output, each a
 A request is `[kind, gold, answer]`: `math` (compare the two), `math_verify_compat` (the same by math-verify; the answer
 is the whole response) or `parse` (can the gold be read?). Its reply is `{"same": bool}` or `{"error": name}`;
 `{"ready": true}` comes before all.
-Ends at end of file, so it outlives a killed parent by one answer at most. Never imports jax.
+Ends at end of file, and with its parent. Never imports jax.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -21,12 +22,17 @@ from typing import IO, Any
 from dynamo_jax.tasks.grading.answers import Algebra, compare, readable
 
 HEADER = struct.Struct(">I")
-MAX_MESSAGE = 1 << 20  # bytes; answers and golds are a few thousand characters
+MAX_MESSAGE = 1 << 26  # bytes; a response of 100,000 tokens may take a few million as JSON
+PR_SET_PDEATHSIG = 1
+
+
+def packed(message: Any) -> bytes:
+    body = json.dumps(message).encode()
+    return HEADER.pack(len(body)) + body
 
 
 def write_message(stream: IO[bytes], message: Any) -> None:
-    body = json.dumps(message).encode()
-    stream.write(HEADER.pack(len(body)) + body)
+    stream.write(packed(message))
     stream.flush()
 
 
@@ -69,6 +75,7 @@ def _decide(kind: str, gold: str, answer: str, algebra: Algebra) -> bool:
 
 def main() -> None:
     timeout, memory_mb = float(sys.argv[1]), float(sys.argv[2])
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # also in the middle of an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     # Whatever a library prints must not land among the replies, nor may it wait for input.
