@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -43,7 +43,7 @@ def build_tokenizer(config: Config) -> Tokenizer:
 
 
 def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
-    """The task's grader. Workers start with the first answer that needs one.
+    """The task's grader. Workers start with the first answer that needs one; those of a user's own reward, at once.
 
     The newest answers that cost a worker its life are written to `killed_file`. Raises `ValueError` for a reward of the
     user's own that cannot be loaded.
@@ -64,10 +64,11 @@ def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
 
 def _base_grader(config: Config, killed_file: Path | None) -> Verifier | RewardGrader:
     r, v = config.task.reward, config.verifier
+    limits: dict[str, Any] = {"workers": v.workers, "timeout": v.timeout, "memory_mb": v.memory_mb}
     if r.kind in ("math", "math_verify_compat"):
         kind: Literal["math", "math_verify_compat"] = "math" if r.kind == "math" else "math_verify_compat"
-        return Verifier(workers=v.workers, timeout=v.timeout, memory_mb=v.memory_mb, kind=kind, killed_file=killed_file)
-    return RewardGrader(r.kind)
+        return Verifier(**limits, kind=kind, killed_file=killed_file)
+    return RewardGrader(r.kind, **limits, killed_file=killed_file)
 
 
 def killed_answers(config: Config) -> Path:
@@ -127,7 +128,9 @@ def check_golds(config: Config) -> Callable[[Sequence[Row]], None]:
     """
 
     def check(rows: Sequence[Row]) -> None:
-        grader = _base_grader(config, None)
+        own = ":" in config.task.reward.kind
+        # The user's function takes any text, as `exact` does: no worker needs to load it here.
+        grader = RewardGrader("exact") if own else _base_grader(config, None)
         try:
             reasons = grader.unreadable([row.answer for row in rows])
         finally:

@@ -182,7 +182,7 @@ class Pool:
         self._killed_file = None if killed_file is None else KilledFile(killed_file)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()  # the one that has a process comes before one without
         for worker in self.workers:
             self._free.put(worker)
         # One thread a worker: it waits for the reply while the callers go on.
@@ -203,13 +203,13 @@ class Pool:
         Raises `RuntimeError` if the pool is closed.
         """
         if self._closing.is_set():
-            raise RuntimeError("this Verifier is closed; make a new one")
+            raise RuntimeError("this grader is closed; make a new one")
         self._room.acquire()
         try:
             future = self._threads.submit(function, *arguments)
         except RuntimeError:
             self._room.release()
-            raise RuntimeError("this Verifier is closed; make a new one") from None
+            raise RuntimeError("this grader is closed; make a new one") from None
         future.add_done_callback(lambda _: self._room.release())
         return future
 
@@ -233,7 +233,7 @@ class Pool:
                     return self._asked(worker, kind, gold, answer)
             except (_Death, RuntimeError) as error:
                 if self._closing.is_set():
-                    raise RuntimeError("this Verifier was closed while it graded") from error
+                    raise RuntimeError("this grader was closed while it graded") from error
                 if isinstance(error, RuntimeError):
                     raise
                 self._bury(error.timed_out, kind, gold, answer)
@@ -248,7 +248,7 @@ class Pool:
         worker = self._free.get()
         try:
             if self._closing.is_set():
-                raise RuntimeError("this Verifier was closed while it graded")
+                raise RuntimeError("this grader was closed while it graded")
             yield worker
         finally:
             self._free.put(worker)

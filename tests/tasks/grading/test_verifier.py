@@ -333,13 +333,26 @@ def test_an_exception_in_the_caller_leaves_no_process() -> None:
     assert not exists(pids[0])
 
 
-def test_workers_end_when_the_parent_is_killed() -> None:
-    code = (
-        "import time\nfrom dynamo_jax.tasks.grading.verifier import Verifier\nv = Verifier(workers=1)\n"
-        "v.grade(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}')\n"
-        "print(v._pool.workers[0].process.pid, flush=True)\ntime.sleep(60)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True) as parent:
+IDLE = """
+from dynamo_jax.tasks.grading.verifier import Verifier
+grader = Verifier(workers=1)
+grader.grade(r"\\boxed{\\sqrt{8}}", r"2\\sqrt{2}")
+print(grader._pool.workers[0].process.pid, flush=True)
+time.sleep(60)
+"""
+ASKED = """
+from dynamo_jax.tasks.rewards import RewardGrader
+grader = RewardGrader("waits:f", workers=1)
+threading.Timer(0.5, print, [grader._pool.workers[0].process.pid], {"flush": True}).start()
+grader.grade_batch([("", "")])
+"""
+
+
+@pytest.mark.parametrize("code", [IDLE, ASKED])
+def test_workers_end_when_the_parent_is_killed(code: str, tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text("import time\ndef f(output, gold): time.sleep(1e6)\n")
+    command = [sys.executable, "-c", f"import threading, time\n{code}"]  # finds modules in its folder
+    with subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()
