@@ -28,6 +28,7 @@ from dynamo_jax.tasks.grading.verifier_worker import packed, read_message
 
 START_SECONDS = 120.0  # wall clock; importing sympy takes about a second, on a loaded machine many
 WALL_FACTOR = 6.0  # wall-clock seconds allowed for each CPU second: workers share cores with everything else
+BEAT_SECONDS = 5.0  # how often it is counted that a worker is waited for, within its limits
 RECYCLE = 3000  # answers after which a worker is replaced: the parser's tables grow by about 8 kB an answer
 PENDING = 256  # answers a worker that wait in memory; a caller with more waits
 _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
@@ -63,6 +64,7 @@ class Worker:
         self.wall = WALL_FACTOR * timeout + 5.0  # seconds that an answer may take
         self.process: subprocess.Popen[bytes] | None = None
         self.asked = 0  # of the process
+        self.waits = 0  # of `BEAT_SECONDS`
 
     @property
     def ready(self) -> bool:
@@ -125,19 +127,26 @@ class Worker:
         poll = select.poll()
         poll.register(stream, select.POLLOUT)
         while data:
-            if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+            if not self._ready_until(end, poll):
                 return False
             data = data[os.write(stream, data) :]
         return True
 
-    @staticmethod
-    def receive(process: subprocess.Popen[bytes], seconds: float) -> Any:
+    def receive(self, process: subprocess.Popen[bytes], seconds: float) -> Any:
         """The next reply, None if the process died, `TimeoutError` (the class) if nothing came in time."""
         stream = _pipe(process.stdout)
         poll = select.poll()
         poll.register(stream, select.POLLIN)
         # Replies are smaller than a pipe's buffer and are written at once: what has begun is complete.
-        return read_message(stream) if poll.poll(seconds * 1000) else TimeoutError
+        return read_message(stream) if self._ready_until(time.monotonic() + seconds, poll) else TimeoutError
+
+    def _ready_until(self, end: float, poll: select.poll) -> bool:
+        """Wait for a pipe, and count it. False if nothing came of it up to `end`."""
+        while not poll.poll(max(0.0, min(BEAT_SECONDS, end - time.monotonic())) * 1000):
+            if time.monotonic() >= end:
+                return False
+            self.waits += 1
+        return True
 
     def stop(self, grace: float = 0.0) -> int | None:
         """End and reap the process, if there is one, after `grace` seconds to end by itself. Its exit status."""
@@ -164,7 +173,8 @@ class Pool:
         arguments: of the worker's command, after these limits.
         killed_file: where the newest answers that cost a worker its life are written (`killed.py`).
 
-    `counts`: workers ended by `timeouts` and `crashes`, both of them as `killed`; `starts` of processes.
+    `counts`: workers ended by `timeouts` and `crashes`, both of them as `killed`; `starts` of processes; `waits` of
+    `BEAT_SECONDS` for a worker that is within its limits: they move as long as the pool works, whatever the limits are.
     `killed_answers` holds the latest (gold, answer) pairs whose worker died.
     """
 
@@ -195,7 +205,8 @@ class Pool:
     def counts(self) -> dict[str, int]:
         with self._lock:
             counts = {name: self._counts[name] for name in ("timeouts", "crashes", "starts")}
-        return {**counts, "killed": counts["timeouts"] + counts["crashes"]}
+        waits = sum(worker.waits for worker in self.workers)
+        return {**counts, "waits": waits, "killed": counts["timeouts"] + counts["crashes"]}
 
     def submit(self, function: Callable[..., _T], *arguments: Any) -> Future[_T]:
         """Call a function that asks, in a thread of the pool. Waits where many are waiting already.

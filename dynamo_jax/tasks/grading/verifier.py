@@ -34,8 +34,8 @@ class Verifier:
 
     `counts` says what happened so far: `graded` answers, of which `symbolic` needed a worker and `cached` were known;
     `no_answer` responses gave none; `unreadable` ones no parser could read; `killed` ones cost their worker its life,
-    by `timeouts` or `crashes`; `starts` of worker processes. `killed_answers` holds the latest (gold, answer) pairs
-    whose worker died.
+    by `timeouts` or `crashes`; `starts` of worker processes and `waits` for them (see `Pool`). `killed_answers` holds
+    the latest (gold, answer) pairs whose worker died.
     """
 
     def __init__(
