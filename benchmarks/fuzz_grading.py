@@ -72,7 +72,7 @@ def main() -> None:
                 answer = mutate(rng, [gold] if rng.random() < 0.6 else golds)
                 pairs.append((f"So \\boxed{{{answer}}}", gold))
             accepted += sum(verifier.grade_batch(pairs))
-            workers = [w.process.pid for w in verifier._workers if w.process is not None]
+            workers = [w.process.pid for w in verifier._pool.workers if w.process is not None]
             print(
                 f"{done + size} answers, {time.perf_counter() - began:.0f} s, {accepted} accepted, {verifier.counts}, "
                 f"{resident_mb(os.getpid()):.0f} MB here, {[round(resident_mb(pid)) for pid in workers]} MB in workers",

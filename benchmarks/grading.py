@@ -83,7 +83,7 @@ def slowest(hostile: list[tuple[str, str]]) -> None:
     seconds = []
     with Verifier(workers=1) as verifier:
         verifier.grade(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")  # starts the worker
-        (worker,) = (w.process for w in verifier._workers)
+        (worker,) = (w.process for w in verifier._pool.workers)
         for output, gold in hostile:
             began = time.process_time() + process_seconds(worker.pid if worker else 0)
             verifier.grade(output, gold)

@@ -10,13 +10,10 @@ import jax
 import numpy as np
 
 from dynamo_jax.batch import Rollouts
-from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.rollout.text import decode_rollouts
 from dynamo_jax.sharding import own_share, total
-from dynamo_jax.tasks.rewards import Grader, Grading, added_reward, verdict_of
+from dynamo_jax.tasks.rewards import PULSE_SECONDS, Grader, Grading, Signs, added_reward, verdict_of
 from dynamo_jax.tasks.tokenizer import Tokenizer
-
-PULSE_SECONDS = 1.0
 
 
 class Judge:
@@ -49,14 +46,11 @@ class Judge:
 
     def _waited_for(self, verdicts: Future[Sequence[float]]) -> Sequence[float]:
         """Others may wait for this process: as long as answers come out of the verifier it says that it works."""
-        before = None
+        signs = Signs(verdict_of(self._verifier))
         while True:
             try:
                 return verdicts.result(timeout=PULSE_SECONDS)
             except NotYet:
                 if verdicts.done():
-                    raise  # the grader's own
-                counts = dict(verdict_of(self._verifier).counts)
-                if counts != before:
-                    before = counts
-                    PROGRESS.pulse()
+                    return verdicts.result()  # it ended just now, or raised a TimeoutError of its own
+                signs.look()

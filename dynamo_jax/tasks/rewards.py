@@ -1,32 +1,36 @@
 """Rewards besides `math`: functions of a response and its reference answer, and what is added to any reward.
 
 A reward is a function `(output, gold) -> float`, usually 0 or 1. `RewardGrader` makes a `Grader` of one, `Shaped` adds
-a format bonus and a length penalty to any. The rewards here take linear time and evaluate no text as code.
+a format bonus and a length penalty to any. The rewards here take linear time and evaluate no text as code; those of
+users may do as they like, in workers.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
+import os
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from fractions import Fraction
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
+from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.tasks import arithmetic
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.latex import normalise
+from dynamo_jax.tasks.grading.pool import Killed, Pool, RefusedError
+from dynamo_jax.tasks.gsm8k import gold_number, gsm8k
 
 MAX_CHARS = 400  # of a countdown expression
 _EXPRESSION = re.compile(r"[\d+\-*/() ]+")
 _FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?\$?\s*(\d[\d,]*(?:\.\d+)?|\.\d+)")
+PULSE_SECONDS = 1.0
 
 
 class Grader(Protocol):
@@ -41,7 +45,7 @@ class Grader(Protocol):
 
 
 class Reward(Protocol):
-    """The reward of a response. Called from one thread at a time; what it raises ends the run."""
+    """The reward of a response, a finite number. What it raises ends the run."""
 
     def __call__(self, output: str, gold: str) -> float: ...
 
@@ -49,21 +53,6 @@ class Reward(Protocol):
 def exact(output: str, gold: str) -> float:
     """1 if the extracted answer is the reference answer, character for character."""
     return float((extract(output) or "").strip() == gold.strip() != "")
-
-
-def gsm8k(output: str, gold: str) -> float:
-    """1 if the number after the last `####` is the reference number. No `####`: 0."""
-    found, expected = (_hash_number(text) for text in (output, gold if "####" in gold else f"#### {gold}"))
-    return float(found is not None and found == expected)
-
-
-def _hash_number(text: str) -> Fraction | None:
-    _, mark, after = text.rpartition("####")
-    match = _NUMBER.match(after.strip()) if mark else None
-    if match is None or len(match.group(1)) > 50:
-        return None
-    value = Fraction(match.group(1).replace(",", ""))
-    return -value if match.group(0).startswith("-") else value
 
 
 def countdown(output: str, gold: str) -> float:
@@ -133,61 +122,93 @@ BUILT_IN: dict[str, Reward] = {
 }
 
 
-def load_reward(name: str) -> Reward:
-    """A built-in reward, or the user's own `module:function`. Raises `ValueError` if there is none of that name."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module, _, function = name.partition(":")
-    try:
-        reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join(("math", "math_verify_compat", *BUILT_IN))
-        raise ValueError(
-            f"task.reward.kind = {name!r}: cannot be loaded: {error}. Give one of {known}, or module:function of a "
-            "module on PYTHONPATH."
-        ) from None
-    if not callable(reward):
-        raise ValueError(f"task.reward.kind = {name!r}: is a {type(reward).__name__}, not a function (output, gold).")
-    return reward  # type: ignore[no-any-return]
-
-
 class RewardGrader:
-    """A `Grader` of one reward function, in the calling process: meant for functions that are bounded by themselves."""
+    """A `Grader` of one reward function: a built-in one in this process, the user's `module:function` in workers.
 
-    def __init__(self, name: str) -> None:
-        self.name, self.reward = name, load_reward(name)
+    The module is imported in each worker, by the paths of this process, and what it remembers is that worker's. An
+    answer that takes more than `timeout` seconds of CPU time, waits for too long, takes more than `memory_mb` or ends
+    its worker in another way has the reward 0 and is `killed`; see `Pool` for the limits and for `killed_file`.
+
+    Raises `ValueError` if there is no such function.
+    """
+
+    def __init__(
+        self, name: str, workers: int = 2, timeout: float = 5.0, memory_mb: int = 1024, *,
+        killed_file: str | Path | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self._pool = name, None
         self._lock = threading.Lock()
         self._graded = 0
+        if name in BUILT_IN:
+            return
+        if ":" not in name:
+            raise self._unknown("there is no such reward")
+        paths = json.dumps([os.path.abspath(path) for path in sys.path])  # "" is the current folder
+        self._pool = Pool(workers, timeout, memory_mb, (name, paths), killed_file=killed_file)
+        try:
+            self._pool.start()
+        except (RefusedError, RuntimeError) as error:
+            self._pool.close()
+            raise self._unknown(str(error)) from None
 
     @property
     def counts(self) -> dict[str, int]:
-        return {"graded": self._graded}
+        return {"graded": self._graded, **(self._pool.counts if self._pool else {})}
 
     def grade_batch(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Each pair's reward. Raises `ValueError` for one that is no finite number."""
-        rewards = []
-        with self._lock:
-            for output, gold in pairs:
-                reward = self.reward(output, gold)
-                try:
-                    value = float(reward)
-                except (TypeError, ValueError):
-                    value = math.nan
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"task.reward.kind = {self.name!r} gave {reward!r} for the reference answer {gold[:80]!r}. "
-                        "Return a finite number."
-                    )
-                rewards.append(value)
-            self._graded += len(rewards)
-        return rewards
+        """Each pair's reward, in order.
+
+        Raises `ValueError` for one that is no finite number and for what the user's function raises, naming the
+        function and the answer, and `RuntimeError` if workers cannot be started or the grader was closed.
+        """
+        if self._pool is None:
+            return [self._counted(BUILT_IN[self.name](output, gold)) for output, gold in pairs]
+        futures: list[Future[float]] = []
+        try:
+            for place, (output, gold) in enumerate(pairs, 1):
+                futures.append(self._pool.submit(self._in_worker, self._pool, place, output, gold))
+            return [future.result() for future in futures]
+        except CancelledError as error:
+            raise RuntimeError("this grader was closed while it graded") from error
+        finally:
+            for future in futures:
+                future.cancel()  # after an error: do not go on with what nobody waits for
 
     def unreadable(self, golds: Sequence[str]) -> list[str | None]:
         """Why a reference answer cannot be used, None for those that can."""
         return [_gold_problem(self.name, gold) for gold in golds]
 
     def close(self) -> None:
-        """Nothing to close."""
+        """End the workers, if there are any."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _counted(self, reward: float) -> float:
+        with self._lock:
+            self._graded += 1
+        return reward
+
+    def _in_worker(self, pool: Pool, place: int, output: str, gold: str) -> float:
+        try:
+            reply = pool.ask("reward", gold, output)
+        except Killed:
+            return self._counted(0.0)
+        except RefusedError as error:
+            raise self._unknown(str(error)) from None
+        if "reward" in reply:
+            return self._counted(reply["reward"])
+        name = f"task.reward.kind = {self.name!r}"
+        where = f"for answer {place} of its batch (reference answer {gold[:80]!r}, response {output[:80]!r})"
+        if "gave" in reply:
+            raise ValueError(f"{name} gave {reply['gave']} {where}. Return a finite number.")
+        raise ValueError(f"{name} raised {reply['error']} {where}. Mend it, or return 0.\n{reply['story']}")
+
+    def _unknown(self, why: str) -> ValueError:
+        known = ", ".join(("math", "math_verify_compat", *BUILT_IN))
+        return ValueError(
+            f"task.reward.kind = {self.name!r}: {why}. Give one of {known}, or module:function of a module on "
+            "PYTHONPATH."
+        )
 
 
 def _gold_problem(name: str, gold: str) -> str | None:
@@ -196,7 +217,7 @@ def _gold_problem(name: str, gold: str) -> str | None:
             countdown_gold(gold)
         except ValueError as error:
             return str(error)
-    if name == "gsm8k" and _hash_number(gold if "####" in gold else f"#### {gold}") is None:
+    if name == "gsm8k" and gold_number(gold) is None:
         return f"the reference answer {gold[:80]!r} is no number"
     return None if gold.strip() else "the reference answer is empty"
 
@@ -237,6 +258,21 @@ def verdict_of(grader: Grader) -> Grader:
     return grader.base if isinstance(grader, Shaped) else grader
 
 
+class Signs:
+    """Of life, for the other hosts that wait for this one: a pulse whenever the grader's counts have moved."""
+
+    def __init__(self, grader: Grader) -> None:
+        self._grader = grader
+        self._seen: dict[str, int] | None = None
+
+    def look(self) -> None:
+        """Call it now and then while waiting for the grader. One that hangs gives no sign."""
+        counts = dict(self._grader.counts)
+        if counts != self._seen:
+            self._seen = counts
+            PROGRESS.pulse()
+
+
 class Grading:
     """Grades in the background: the device goes on while early rollouts are judged.
 
@@ -250,7 +286,9 @@ class Grading:
         self._room = threading.BoundedSemaphore(waiting)
 
     def submit(self, pairs: Sequence[tuple[str, str]]) -> Future[Sequence[float]]:
-        self._room.acquire()
+        signs = Signs(self.grader)
+        while not self._room.acquire(timeout=PULSE_SECONDS):
+            signs.look()
         try:
             future = self._thread.submit(self.grader.grade_batch, pairs)
         except RuntimeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -18,8 +18,6 @@ from dynamo_jax.tasks.prompts import PromptSet, load_prompts, make_prompt_set
 from dynamo_jax.tasks.read import Row
 from dynamo_jax.tasks.rewards import Grader, RewardGrader, Shaped
 from dynamo_jax.tasks.tokenizer import Tokenizer, load_tokenizer
-
-KILLED_ANSWERS = "killed_answers.jsonl"  # in the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +43,10 @@ def build_tokenizer(config: Config) -> Tokenizer:
 
 
 def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
-    """The task's grader. Workers start with the first answer that needs one.
+    """The task's grader. Workers start with the first answer that needs one; those of a user's own reward, at once.
 
-    Answers that cost a worker its life are added to `killed_file`. Raises `ValueError` for a reward of the user's own
-    that cannot be loaded.
+    The newest answers that cost a worker its life are written to `killed_file`. Raises `ValueError` for a reward of the
+    user's own that cannot be loaded.
     """
     if config.task.kind == "arithmetic":
         return ArithmeticVerifier()
@@ -66,10 +64,22 @@ def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
 
 def _base_grader(config: Config, killed_file: Path | None) -> Verifier | RewardGrader:
     r, v = config.task.reward, config.verifier
+    limits: dict[str, Any] = {"workers": v.workers, "timeout": v.timeout, "memory_mb": v.memory_mb}
     if r.kind in ("math", "math_verify_compat"):
         kind: Literal["math", "math_verify_compat"] = "math" if r.kind == "math" else "math_verify_compat"
-        return Verifier(workers=v.workers, timeout=v.timeout, memory_mb=v.memory_mb, kind=kind, killed_file=killed_file)
-    return RewardGrader(r.kind)
+        return Verifier(**limits, kind=kind, killed_file=killed_file)
+    return RewardGrader(r.kind, **limits, killed_file=killed_file)
+
+
+def killed_answers(config: Config) -> Path:
+    """Where this process writes down the answers that cost a worker its life: each has a file of its own.
+
+    Process 0 mirrors its working folder if the run is in a bucket. The others write where the checkpoints are.
+    """
+    places, index = locations(config.run_dir), jax.process_index()
+    if index == 0:
+        return places.work / "killed_answers.jsonl"
+    return places.checkpoints.parent / f"killed_answers.{index}.jsonl"
 
 
 def build_task(config: Config) -> Task:
@@ -82,9 +92,8 @@ def build_task(config: Config) -> Task:
         train, heldout = _arithmetic(config, tokenizer)
         return Task(tokenizer, train, (heldout,), build_verifier(config))
     train = _read(config.task.train, tokenizer, config)
-    writer = jax.process_index() == 0  # of several processes only this one writes in the run's folder
-    verifier = build_verifier(config, locations(config.run_dir).work / KILLED_ANSWERS if writer else None)
-    return Task(tokenizer, train, eval_prompts(config, tokenizer, ()), verifier)
+    evals = eval_prompts(config, tokenizer, ())
+    return Task(tokenizer, train, evals, build_verifier(config, killed_answers(config)))
 
 
 def eval_prompts(config: Config, tokenizer: Tokenizer, files: Sequence[str]) -> tuple[PromptSet, ...]:
@@ -119,7 +128,9 @@ def check_golds(config: Config) -> Callable[[Sequence[Row]], None]:
     """
 
     def check(rows: Sequence[Row]) -> None:
-        grader = _base_grader(config, None)
+        own = ":" in config.task.reward.kind
+        # The user's function takes any text, as `exact` does: no worker needs to load it here.
+        grader = RewardGrader("exact") if own else _base_grader(config, None)
         try:
             reasons = grader.unreadable([row.answer for row in rows])
         finally:

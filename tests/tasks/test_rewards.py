@@ -1,10 +1,17 @@
 """Rewards besides `math`, what is added to a reward, and grading in the background."""
 
+import contextlib
+import json
+import os
+import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from dynamo_jax.hosts.progress import PROGRESS
+from dynamo_jax.tasks import rewards
 from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.rewards import (
     Grading,
@@ -13,9 +20,7 @@ from dynamo_jax.tasks.rewards import (
     countdown,
     exact,
     format_reward,
-    gsm8k,
     length_penalty,
-    load_reward,
 )
 
 GOLD = '{"target": 24, "numbers": [3, 8, 8]}'
@@ -63,12 +68,7 @@ def test_countdown_needs_its_kind_of_gold(gold):
     assert "countdown" in (RewardGrader("countdown").unreadable([gold])[0] or "")
 
 
-def test_gsm8k_and_exact():
-    assert gsm8k("so\n#### 1,234", "1234") == 1
-    assert gsm8k("#### $12.50 in all", "work #### 12.5") == 1
-    assert gsm8k("#### -3", "-3") == 1
-    assert gsm8k(r"\boxed{1234}", "1234") == 0
-    assert gsm8k("#### ", "1234") == 0
+def test_exact():
     assert exact(r"\boxed{1/2}", "1/2") == 1
     assert exact(r"\boxed{0.5}", "1/2") == 0
     assert exact("", "") == 0
@@ -85,15 +85,152 @@ def test_format_and_length():
     assert shaped.counts["graded"] == 3
 
 
-def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("half = lambda o, g: 0.5\nbad = lambda o, g: float('nan')\nx = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert RewardGrader("mine:half").grade_batch([("a", "b")] * 2) == [0.5, 0.5]
-    with pytest.raises(ValueError, match=r"mine:bad.*nan.*finite"):
-        RewardGrader("mine:bad").grade_batch([("a", "b")])
-    for name in ("mine:none", "nowhere:f", "mine:x", "maths"):
-        with pytest.raises(ValueError, match=rf"task\.reward\.kind = '{name}'"):
-            load_reward(name)
+def test_a_built_in_reward_starts_no_process(monkeypatch):
+    monkeypatch.delattr("dynamo_jax.tasks.rewards.Pool")
+    grader = RewardGrader("gsm8k")
+    assert grader.grade_batch([("#### 3", "3"), ("#### 4", "3")]) == [1, 0]
+    assert grader.counts == {"graded": 2}
+    grader.close()
+
+
+# --- a reward of the user's own
+
+MINE = """
+import os, sys, time
+import helper  # beside it
+
+calls = []
+x = 1
+print("a word at the start")
+
+
+def half(output, gold):
+    return 0.5
+
+
+def behave(output, gold):
+    print(output)
+    sys.stderr.write(gold)
+    if output == "spin":
+        while True:
+            pass
+    if output == "eat":
+        held = []
+        while True:
+            held.append(bytearray(1 << 20))
+    if output == "wait":
+        time.sleep(1e6)
+    if output == "exit":
+        os._exit(0)
+    if output == "leave":
+        sys.exit(3)
+    if output == "raise":
+        return {}["no such key"]
+    odd = {"nan": float("nan"), "none": None, "text": "0.5", "huge": 10**400, "list": [1]}
+    return odd.get(output, helper.third(gold))
+
+
+def pid(output, gold):
+    time.sleep(0.3)
+    return os.getpid()
+
+
+def remember(output, gold):
+    calls.append(output)
+    return len(calls)
+
+
+def fill(output, gold):
+    calls.append(bytearray(48 << 20))
+    return 1
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The name of a module that is found as the trainer finds one: in the current folder."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "mine_of_test_rewards.py").write_text(MINE)
+    (folder / "helper.py").write_text("third = lambda gold: len(gold) / 3\n")
+    (folder / "broken_at_start.py").write_text("def f(output, gold): return 1\n1 / 0\n")
+    (folder / "json.py").write_text("raise ImportError('not this one')\n")  # shadows nothing that a worker needs
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(folder)
+        context.syspath_prepend("")  # as `python -m` does
+        yield "mine_of_test_rewards"
+
+
+@pytest.fixture(scope="module")
+def behave(own):
+    grader = RewardGrader(f"{own}:behave", workers=1, timeout=1.0, memory_mb=256, killed_file="killed.jsonl")
+    yield grader
+    grader.close()
+
+
+def test_a_reward_of_the_users_own(own, behave):
+    assert behave.grade_batch([("", "a"), ("\0é" + "x" * 10**6, "ab"), ("", "")]) == [1 / 3, 2 / 3, 0]
+    assert (behave.counts["graded"], behave.counts["starts"], behave.counts["killed"]) == (3, 1, 0)
+    assert own not in sys.modules  # what it keeps is not the trainer's
+
+
+@pytest.mark.parametrize(("output", "cause"), [("spin", "timeout"), ("eat", "crash"), ("exit", "crash")])
+def test_an_answer_that_takes_too_much_costs_its_own_reward_alone(behave, output, cause):
+    before = behave.counts
+    assert behave.grade_batch([("", "a"), (output, "ab"), ("", "abc")]) == [1 / 3, 0, 1]
+    after = behave.counts
+    assert (after["graded"] - before["graded"], after["killed"] - before["killed"]) == (3, 1)
+    row = json.loads(Path("killed.jsonl").read_text().splitlines()[-1])
+    assert row == {"cause": cause, "kind": "reward", "gold": "ab", "answer": output}
+
+
+def test_an_answer_that_waits_is_not_waited_for_twice(own, behave):
+    behave.grade_batch([("", "a")])
+    before, behave._pool.workers[0].wall = behave.counts, 0.5
+    try:
+        assert behave.grade_batch([("wait", "a")]) == [0]
+    finally:
+        behave._pool.workers[0].wall = 60.0
+    assert (behave.counts["timeouts"] - before["timeouts"], behave.counts["starts"] - before["starts"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("raise", r"raised KeyError.*Mend(?s:.*)in behave(?s:.*)no such key"), ("leave", "raised SystemExit"),
+     ("nan", "gave nan.*Return a finite number"), ("none", "gave None"), ("text", "gave '0.5'"), ("huge", "gave 1000"),
+     ("list", r"gave \[1\]")],
+)  # fmt: skip
+def test_what_is_no_reward_ends_the_run(own, behave, output, words):
+    where = rf"task\.reward\.kind = '{own}:behave' {words}"
+    with pytest.raises(ValueError, match=where) as caught:
+        behave.grade_batch([("", "a"), (output, "the gold"), ("", "a")])
+    assert f"for answer 2 of its batch (reference answer 'the gold', response '{output}')" in str(caught.value)
+    assert behave.grade_batch([("", "a")]) == [1 / 3]
+
+
+def test_workers_work_at_the_same_time_and_remember_for_themselves(own):
+    with contextlib.closing(RewardGrader(f"{own}:pid")) as grader:
+        pids = set(grader.grade_batch([("", "")] * 4))
+        assert len(pids) == 2  # the second answer does not wait for the first
+        assert os.getpid() not in pids
+    with contextlib.closing(RewardGrader(f"{own}:remember", workers=1)) as grader:
+        assert grader.grade_batch([("same", "")] * 3) == [1, 2, 3]  # each is asked anew
+    with contextlib.closing(RewardGrader(f"{own}:fill", workers=1, memory_mb=128)) as grader:
+        assert grader.grade_batch([("", "")] * 4) == [1] * 4  # what earlier answers left is not this one's doing
+        assert (grader.counts["killed"], grader.counts["starts"]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("{own}:none", "has no none"), ("{own}:x", "is a int"), ("nowhere:f", "No module named 'nowhere'"), ("maths", ""),
+     ("broken_at_start:f", r"cannot be loaded(?s:.*)broken_at_start\.py(?s:.*)ZeroDivisionError")],
+)  # fmt: skip
+def test_a_reward_that_cannot_be_loaded(own, name, words):
+    name = name.format(own=own)
+    with pytest.raises(ValueError, match=rf"task\.reward\.kind = '{name}': .*{words}"):
+        RewardGrader(name)
+
+
+# --- in the background
 
 
 class Slow:
@@ -128,6 +265,33 @@ def test_grading_in_the_background_keeps_order_and_makes_the_caller_wait():
     grading.close()
     with pytest.raises(RuntimeError):
         grading.submit([])
+
+
+def test_waiting_for_room_gives_signs_of_life_while_the_grader_moves(monkeypatch):
+    """The main thread waits in `submit`: on a slow host the others would take it for hung."""
+    pulses: list[int] = []
+    slow = None
+
+    def pulse() -> None:
+        pulses.append(1)
+        if len(pulses) == 6:  # the last one that there should be
+            threading.Timer(0.2, slow.go.set).start()
+
+    monkeypatch.setattr(rewards, "PULSE_SECONDS", 0.01)
+    monkeypatch.setattr(PROGRESS, "pulse", pulse)
+
+    class Moving(Slow):
+        @property
+        def counts(self):
+            return {"graded": min(len(pulses), 5)}  # answers come out five times, then no more
+
+    slow = Moving()
+    grading = Grading(slow, waiting=1)
+    grading.submit([("a", "a")])
+    assert pulses == []  # there was room
+    assert grading.submit([("b", "b")]).result(20) == [1.0]
+    assert len(pulses) == 6
+    grading.close()
 
 
 def test_math_verify_compat_has_three_decimals(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """What a config's task becomes: prompts, tokenizer and grader."""
 
+import contextlib
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import yaml
 from dynamo_jax.config import Config, load_config
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve
 from dynamo_jax.tasks.grading.verifier import Verifier
-from dynamo_jax.tasks.task import build_task, build_tokenizer, build_verifier, eval_prompts
+from dynamo_jax.tasks.read import Row
+from dynamo_jax.tasks.task import build_task, build_tokenizer, build_verifier, check_golds, eval_prompts, killed_answers
 
 
 def load(tmp_path: Path, seed: int = 0, **task: object) -> Config:
@@ -135,6 +138,52 @@ def test_the_verifier_gets_its_limits_from_the_config(tmp_path, monkeypatch):
     build_verifier(load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder"))
     assert seen == {"workers": 1, "timeout": 7.0, "memory_mb": 256, "kind": "math", "killed_file": None}
     Verifier(**seen).close()  # these are its names
+
+
+def test_a_reward_of_the_users_own_gets_the_limits_of_the_verifier(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("dynamo_jax.tasks.task.RewardGrader", lambda name, **limits: seen.update(limits, name=name))
+    reward = {"kind": "mine:f"}
+    build_verifier(load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder", reward=reward), tmp_path / "k")
+    assert seen == {"name": "mine:f", "workers": 1, "timeout": 7.0, "memory_mb": 256, "killed_file": tmp_path / "k"}
+
+
+def test_references_are_looked_at_without_the_users_function(tmp_path, monkeypatch):
+    monkeypatch.delattr("dynamo_jax.tasks.rewards.Pool")  # not a worker for each file
+    config = load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder", reward={"kind": "mine:f"})
+    check_golds(config)([Row("a", "1+1=?", "anything", "x.jsonl, line 1")])
+    with pytest.raises(ValueError, match="line 2: the reference answer is empty"):
+        check_golds(config)([Row("b", "1+1=?", " ", "x.jsonl, line 2")])
+
+
+def test_every_process_has_a_file_of_killed_answers(tmp_path, monkeypatch):
+    """In the run's folder. In a bucket, process 0's is where it mirrors, the others' right there."""
+    monkeypatch.setenv("DYNAMO_JAX_WORK_DIR", str(tmp_path / "work"))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")  # nobody is asked
+    config = load(tmp_path)
+    files = {}
+    for index in range(2):
+        monkeypatch.setattr("jax.process_index", lambda index=index: index)
+        for run in ("runs/a", "gs://bucket/runs/a"):
+            files[run, index] = str(killed_answers(dataclasses.replace(config, run_dir=run)))
+    assert files["runs/a", 0] == "runs/a/killed_answers.jsonl"
+    assert files["runs/a", 1] == "runs/a/killed_answers.1.jsonl"
+    assert files["gs://bucket/runs/a", 0].startswith(f"{tmp_path}/work/a-")
+    assert files["gs://bucket/runs/a", 1] == "gs://bucket/runs/a/killed_answers.1.jsonl"
+
+
+@pytest.mark.shared
+def test_the_killed_answers_of_another_process_are_written(tmp_path, math_task, monkeypatch):
+    """Process 0 wrote its own alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "fatal.py").write_text("import os\ndef f(output, gold): return os._exit(1) if output else 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    task = build_task(load(tmp_path, **math_task, reward={"kind": "fatal:f"}))
+    with contextlib.closing(task.verifier):
+        assert task.verifier.grade_batch([("", "1"), ("kill", "2")]) == [0, 0]
+    assert [json.loads(line)["gold"] for line in (tmp_path / "r" / "killed_answers.1.jsonl").open()] == ["2"]
 
 
 @pytest.mark.shared

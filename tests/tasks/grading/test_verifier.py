@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_jax.tasks.grading import verifier as module
+from dynamo_jax.tasks.grading import pool as module
 from dynamo_jax.tasks.grading.verifier import Verifier, grade
 
 # One case a line: reference, `==` right or `!=` wrong, answer. All need algebra.
@@ -68,7 +68,7 @@ def verifier() -> Iterator[Verifier]:
 
 
 def processes(of: Verifier) -> list[int]:
-    return [w.process.pid for w in of._workers if w.process is not None]
+    return [w.process.pid for w in of._pool.workers if w.process is not None]
 
 
 def exists(pid: int) -> bool:
@@ -195,28 +195,48 @@ def test_a_turn_of_degrees_is_not_cached_as_a_number(verifier: Verifier) -> None
 
 
 def test_wall_clock_is_behind_the_cpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Verifier(workers=1, timeout=1.0) as small:
+    """A frozen worker uses no CPU time. What it was asked is asked once more, of a fresh one, but not for ever."""
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    with Verifier(workers=1) as small:
+        (worker,) = small._pool.workers
+        start = worker.start
+
+        def freeze() -> None:
+            os.kill(*processes(small), signal.SIGSTOP)
+            worker.wall = 0.5
+
+        def unhurried() -> None:
+            start()
+            worker.wall = 60.0  # the machine may be busy
+
+        def frozen() -> None:
+            start()
+            freeze()
+
         assert small.grade(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
         (pid,) = processes(small)
-        monkeypatch.setattr(module, "WALL_FACTOR", -3.0)  # 2 seconds
-        os.kill(pid, signal.SIGSTOP)  # uses no CPU time at all
-        assert small.grade(r"\boxed{\sqrt{18}}", r"3\sqrt{2}") is True  # not the answer's fault: asked once more
+        freeze()
+        monkeypatch.setattr(worker, "start", unhurried)
+        assert small.grade(r"\boxed{\sqrt{18}}", r"3\sqrt{2}") is True  # not the answer's fault
         assert (small.counts["timeouts"], small.counts["starts"]) == (0, 2)
         assert not exists(pid)
-        monkeypatch.setattr(module, "WALL_FACTOR", -5.0)  # none
-        os.kill(*processes(small), signal.SIGSTOP)  # or it may be quicker than no time at all
-        assert small.grade(r"\boxed{\sqrt{50}}", r"5\sqrt{2}") is False  # once more, not for ever
+        assert small.counts["waits"] > 0  # others, who may wait for this process, see the counts move meanwhile
+        freeze()
+        monkeypatch.setattr(worker, "start", frozen)
+        assert small.grade(r"\boxed{\sqrt{50}}", r"5\sqrt{2}") is False
         assert (small.counts["timeouts"], small.counts["starts"]) == (1, 3)
-        monkeypatch.undo()
+        with pytest.raises(module.Killed, match="timed out"):  # nobody takes what is too long for a pipe
+            small._pool.submit(small._pool.ask, "parse", "1", "x" * 10**6).result(30)
+        monkeypatch.setattr(worker, "start", unhurried)
         assert small.grade(r"\boxed{\sqrt{32}}", r"4\sqrt{2}") is True
 
 
 def test_a_worker_killed_from_outside_is_replaced() -> None:
-    with Verifier(workers=1) as small:
+    with Verifier(workers=1, timeout=1.0) as small:
         assert small.grade(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
         (idle,) = processes(small)
         os.kill(idle, signal.SIGKILL)
-        assert wait_until(lambda: small._workers[0].process.poll() is not None)  # type: ignore[union-attr]
+        assert wait_until(lambda: small._pool.workers[0].process.poll() is not None)  # type: ignore[union-attr]
         assert small.grade(r"\boxed{\sqrt{18}}", r"3\sqrt{2}") is True  # it was idle: nothing is lost
         assert small.counts["crashes"] == 0
 
@@ -315,13 +335,26 @@ def test_an_exception_in_the_caller_leaves_no_process() -> None:
     assert not exists(pids[0])
 
 
-def test_workers_end_when_the_parent_is_killed() -> None:
-    code = (
-        "import time\nfrom dynamo_jax.tasks.grading.verifier import Verifier\nv = Verifier(workers=1)\n"
-        "v.grade(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}')\n"
-        "print(v._workers[0].process.pid, flush=True)\ntime.sleep(60)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True) as parent:
+IDLE = """
+from dynamo_jax.tasks.grading.verifier import Verifier
+grader = Verifier(workers=1)
+grader.grade(r"\\boxed{\\sqrt{8}}", r"2\\sqrt{2}")
+print(grader._pool.workers[0].process.pid, flush=True)
+time.sleep(60)
+"""
+ASKED = """
+from dynamo_jax.tasks.rewards import RewardGrader
+grader = RewardGrader("waits:f", workers=1)
+threading.Timer(0.5, print, [grader._pool.workers[0].process.pid], {"flush": True}).start()
+grader.grade_batch([("", "")])
+"""
+
+
+@pytest.mark.parametrize("code", [IDLE, ASKED])
+def test_workers_end_when_the_parent_is_killed(code: str, tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text("import time\ndef f(output, gold): time.sleep(1e6)\n")
+    command = [sys.executable, "-c", f"import threading, time\n{code}"]  # finds modules in its folder
+    with subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         parent.kill()
