@@ -190,9 +190,9 @@ def _rotate(x_BQAH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BQAH.dtype)
 
 
-def _write(cache: jax.Array, x_B1KH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
+def _write(cache_ZBSKH: jax.Array, x_B1KH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
     start = (layer, jnp.zeros_like(slot), slot, jnp.zeros_like(slot), jnp.zeros_like(slot))
-    return jax.lax.dynamic_update_slice(cache, x_B1KH[None].astype(cache.dtype), start)
+    return jax.lax.dynamic_update_slice(cache_ZBSKH, x_B1KH[None].astype(cache_ZBSKH.dtype), start)
 
 
 def abstract_policy(config: DecoderConfig) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
