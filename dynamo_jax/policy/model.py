@@ -42,7 +42,7 @@ class DecoderConfig:
 
 
 class Blocks(nnx.Module):
-    """All layers, stacked. Called on one layer's slice of the parameters, inside a scan."""
+    """All layers: the stacked parameters of the table. Called on one layer's slice of them, inside a scan."""
 
     def __init__(self, config: DecoderConfig, params: dict[str, nnx.Param[jax.Array]]) -> None:
         self.config = config
@@ -52,17 +52,21 @@ class Blocks(nnx.Module):
     def __call__(self, x_BQD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         """One pre-norm layer. `attend` maps (q, k, v) to (output, what the caller keeps of k and v)."""
         c = self.config.shape
-        y = _rms_norm(x_BQD, self.attention_norm[...], c.rms_norm_eps)
-        q = self._dot("bqd,dah->bqah", y, self.q)
-        k = self._dot("bqd,dkh->bqkh", y, self.k)
-        v = self._dot("bqd,dkh->bqkh", y, self.v)
+        y_BQD = _rms_norm(x_BQD, self.attention_norm[...], c.rms_norm_eps)
+        q_BQAH = self._dot("bqd,dah->bqah", y_BQD, self.q)
+        k_BQKH = self._dot("bqd,dkh->bqkh", y_BQD, self.k)
+        v_BQKH = self._dot("bqd,dkh->bqkh", y_BQD, self.v)
         if c.qkv_bias:
-            q, k, v = (z + b[...].astype(z.dtype) for z, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
-        out, kept = attend(_rotate(q, *rope), _rotate(k, *rope), v)
-        x_BQD = x_BQD + self._dot("bqah,ahd->bqd", out, self.o)
-        y = _rms_norm(x_BQD, self.mlp_norm[...], c.rms_norm_eps)
-        y = jax.nn.silu(self._dot("bqd,df->bqf", y, self.gate)) * self._dot("bqd,df->bqf", y, self.up)
-        return x_BQD + self._dot("bqf,fd->bqd", y, self.down), kept
+            q_BQAH += self.q_bias[...].astype(q_BQAH.dtype)
+            k_BQKH += self.k_bias[...].astype(k_BQKH.dtype)
+            v_BQKH += self.v_bias[...].astype(v_BQKH.dtype)
+        out_BQAH, kept = attend(_rotate(q_BQAH, *rope), _rotate(k_BQKH, *rope), v_BQKH)
+        # einsum sums in the order of its letters: H comes before a, so that the last bits stay what they were.
+        x_BQD = x_BQD + self._dot("bqaH,aHd->bqd", out_BQAH, self.o)
+        y_BQD = _rms_norm(x_BQD, self.mlp_norm[...], c.rms_norm_eps)
+        gate_BQF = jax.nn.silu(self._dot("bqd,df->bqf", y_BQD, self.gate))
+        up_BQF = self._dot("bqd,df->bqf", y_BQD, self.up)
+        return x_BQD + self._dot("bqf,fd->bqd", gate_BQF * up_BQF, self.down), kept
 
     def _dot(self, equation: str, x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
         return jnp.einsum(equation, x, weight[...].astype(x.dtype), precision=_precision(self.config.compute_dtype))
