@@ -1,11 +1,15 @@
 """The pytrees that flow through a training step, and the axis letters that name their dimensions.
 
-Axes, used as suffixes of array names throughout the package:
-  P  prompts in a step             B  rollouts in a step (the budget)      M  rollouts in a mini-batch
-  N  prompts in the data set       L  prompt tokens, left-padded           C  completion tokens, right-padded
-  T  tokens in a flat list         D  model width                          V  vocabulary
-  K  key/value heads               H  head size                            S  sequence slots (L + C)
-  R  rollouts that a step sampled, B unless its method samples in rounds
+Axes, used as suffixes of array names throughout the package, each letter with one meaning:
+  P  prompts in a step             N  prompts in the data set              E  features of a prompt
+  B  rollouts in a step            M  rollouts in a mini-batch             R  rollouts that a step sampled
+  L  prompt tokens, left-padded    C  completion tokens, right-padded      S  sequence slots (L + C)
+  Q  query positions               T  tokens in a flat list                V  vocabulary
+  Z  layers                        D  model width                          F  width of the MLP
+  A  query heads                   K  key/value heads                      H  head size
+  W  random Fourier features       U  rollouts above the lower bound of an allocation
+B is the budget; R is B unless the method samples in rounds. A digit is a size (x_B1D), a small letter a part of its
+axis: a block of tokens (z_tv), a piece of rollouts (rows_b).
 """
 
 from __future__ import annotations

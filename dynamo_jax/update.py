@@ -97,9 +97,14 @@ def completion_stats(model: Decoder, batch: TrainBatch, temperature: float) -> T
 
 
 def logp_drift(batch: TrainBatch, logp_MC: jax.Array) -> jax.Array:
-    """The largest difference (nats) between what the sampler and what `score` say of a sampled token's log-prob."""
+    """The largest difference (nats) between what the sampler and what `score` say of a sampled token's log-prob.
+
+    NaN if one of them is NaN for any sampled token.
+    """
     mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
-    return jnp.max(jnp.abs(batch.sampled_logp_MC - logp_MC) * mask_MC)
+    gap_MC = jnp.where(mask_MC > 0, jnp.abs(batch.sampled_logp_MC - logp_MC), 0.0)
+    # A maximum over devices drops NaN, on CPUs as in NCCL.
+    return jnp.where(jnp.any(jnp.isnan(gap_MC)), jnp.nan, jnp.max(gap_MC))
 
 
 class Programs:

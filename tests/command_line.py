@@ -14,7 +14,10 @@ from dynamo_jax import trainer as loop
 TINY = {
     "task": {"max_prompt_tokens": 6, "arithmetic": {"train_prompts": 40, "heldout_prompts": 8, "max_operations": 2}},
     "policy": {
-        "architecture": {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 8}
+        "architecture": {
+            "hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 8,
+            "vocab_size": 24,  # the tokenizer has 16; real models' vocabularies are padded too
+        }
     },
     "rollout": {"prompts": 8, "per_prompt": 2, "max_tokens": 3},
     "allocation": {"low": 1, "high": 4},
@@ -22,7 +25,7 @@ TINY = {
     "eval": {"every": 0, "samples": 2, "k": [1, 2]},
     "checkpoint": {"every": 1, "notice_seconds": 1e6},
     "logging": {"tensorboard": False, "progress": False},
-}
+}  # fmt: skip
 MATH = {"kind": "math", "max_prompt_tokens": 64, "chat_template": False}
 
 

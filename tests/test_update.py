@@ -29,7 +29,7 @@ from dynamo_jax.objective.policy_loss import AGGREGATIONS
 from dynamo_jax.objective.terms import token_advantages
 from dynamo_jax.policy import Decoder, abstract_policy
 from dynamo_jax.policy.build import decoder_config
-from dynamo_jax.sharding import make_mesh
+from dynamo_jax.sharding import make_mesh, sharding
 from dynamo_jax.update import (
     Programs,
     completion_mask,
@@ -318,3 +318,22 @@ def test_drift_looks_at_sampled_tokens_only() -> None:
     assert float(logp_drift(rows, logp)) == 0.0
     logp[2, 2] += 0.25  # its last token
     assert float(logp_drift(rows, logp)) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_drift_shows_a_value_that_is_not_a_number(devices: int) -> None:
+    """Of a sampled token, wherever it lies on the mesh; what padding holds does not show."""
+    rows = jax.tree.map(lambda x: np.concatenate([x] * 8), batch())
+    logp = rows.sampled_logp_MC.copy()
+    padding = np.arange(logp.shape[1]) >= rows.length_M[:, None]
+    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    drift = jax.jit(logp_drift, in_shardings=sharding(mesh, "batch"), out_shardings=sharding(mesh))
+    for value in (np.nan, np.inf, -np.inf):
+        assert float(drift(rows, np.where(padding, value, logp))) == 0.0
+        for row in (0, len(logp) // 2, len(logp) - 1):
+            wrong = logp.copy()
+            wrong[row, 0] = value
+            np.testing.assert_equal(float(drift(rows, wrong)), abs(value))
+            both = rows._replace(sampled_logp_MC=wrong)
+            np.testing.assert_equal(float(drift(both, logp)), abs(value))
+            assert np.isnan(float(drift(both, wrong)))  # also where the two infinities agree

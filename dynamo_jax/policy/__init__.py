@@ -2,7 +2,6 @@
 
 from dynamo_jax.policy.hf import load_hf, read_architecture, save_hf
 from dynamo_jax.policy.model import (
-    PARAM_AXES,
     Decoder,
     DecoderConfig,
     KVCache,
@@ -12,7 +11,6 @@ from dynamo_jax.policy.model import (
 )
 
 __all__ = [
-    "PARAM_AXES",
     "Decoder",
     "DecoderConfig",
     "KVCache",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from safetensors.numpy import save_file
 
 from dynamo_jax.config import ArchitectureConfig, MeshConfig, architecture_problems
 from dynamo_jax.policy.model import DecoderConfig, abstract_policy
+from dynamo_jax.policy.params import PARAMS, axis_sizes, param_name, params_of
 from dynamo_jax.sharding import to_host, to_mesh
 
 # Field of ArchitectureConfig -> key of config.json. Both directions use it.
@@ -40,24 +40,6 @@ _KEYS = {
 _DEFAULTS = {"head_dim": None, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 _PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-
-# Our parameter -> its Hugging Face tensor, and how many of our leading dimensions (after the layer) a matrix consumes.
-# A torch Linear is stored [out, in], ours [in..., out...]; vectors have no input, embeddings are stored alike.
-_LAYER_TENSORS = {
-    "attention_norm": ("input_layernorm.weight", 0),
-    "q": ("self_attn.q_proj.weight", 1),
-    "k": ("self_attn.k_proj.weight", 1),
-    "v": ("self_attn.v_proj.weight", 1),
-    "q_bias": ("self_attn.q_proj.bias", 0),
-    "k_bias": ("self_attn.k_proj.bias", 0),
-    "v_bias": ("self_attn.v_proj.bias", 0),
-    "o": ("self_attn.o_proj.weight", 2),
-    "mlp_norm": ("post_attention_layernorm.weight", 0),
-    "gate": ("mlp.gate_proj.weight", 1),
-    "up": ("mlp.up_proj.weight", 1),
-    "down": ("mlp.down_proj.weight", 1),
-}
-_TENSORS = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_FILE_BYTES = 5 * 10**9  # of one safetensors file; what the Hub and transformers split at
@@ -116,7 +98,7 @@ def load_hf(folder: str | Path, config: DecoderConfig) -> nnx.State:
     Raises `ValueError`, with file, tensor, both shapes and the remedy, for missing, unknown, wrongly shaped or
     quantised tensors, and for missing or damaged files.
     """
-    shapes = abstract_policy(config)[1]
+    shapes, sizes = abstract_policy(config)[1], axis_sizes(config.shape)
     with ExitStack() as stack:
         files = {path: _open(path, stack) for path in _weight_files(Path(folder))}
         where = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -141,13 +123,14 @@ def load_hf(folder: str | Path, config: DecoderConfig) -> nnx.State:
                 raise _damaged(path, error) from error
 
         def load(key_path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-            name = _name(key_path)
-            if name in _TENSORS:
-                stacked = read(_TENSORS[name], x.shape).astype(x.dtype, copy=False)
-            else:
+            param = PARAMS[param_name(key_path)]
+            tensors, shape = param.hf_names(sizes), param.hf_shape(sizes)
+            if param.per_layer:
                 stacked = np.empty(x.shape, x.dtype)
-                for layer, tensor in enumerate(_hf_names(name, config)):
-                    stacked[layer] = read(tensor, _hf_shape(name, x.shape)).T.reshape(x.shape[1:])
+                for layer, tensor in enumerate(tensors):
+                    stacked[layer] = param.from_hf(read(tensor, shape), sizes)
+            else:
+                stacked = param.from_hf(read(tensors[0], shape), sizes).astype(x.dtype, copy=False)
             loaded: jax.Array = jax.device_put(stacked) if config.mesh is None else to_mesh(stacked, x.sharding)
             return loaded
 
@@ -204,28 +187,6 @@ def _is_plain(value: Any, only: Any) -> bool:
     return bool(value == only)
 
 
-def _name(key_path: Any) -> str:
-    """Our name of the parameter at this place of the tree."""
-    names = (str(getattr(key, "key", "")) for key in key_path)
-    return next(name for name in names if name in _TENSORS or name in _LAYER_TENSORS)
-
-
-def _hf_names(name: str, config: DecoderConfig) -> list[str]:
-    """The tensors that make up one of our parameters, in the order of its layers."""
-    if name in _TENSORS:
-        return [_TENSORS[name]]
-    return [f"model.layers.{layer}.{_LAYER_TENSORS[name][0]}" for layer in range(config.shape.num_layers)]
-
-
-def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of each Hugging Face tensor of a parameter of ours, whose own `shape` includes the layers."""
-    if name in _TENSORS:
-        return shape
-    inputs = _LAYER_TENSORS[name][1]
-    out = math.prod(shape[1 + inputs :])
-    return (out, math.prod(shape[1 : 1 + inputs])) if inputs else (out,)
-
-
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -268,8 +229,8 @@ def _damaged(path: Path, error: SafetensorError) -> ValueError:
 
 
 def _check_names(folder: Path, found: set[str], config: DecoderConfig) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_policy(config)[1])
-    expected = {tensor for key_path, _ in leaves for tensor in _hf_names(_name(key_path), config)}
+    sizes = axis_sizes(config.shape)
+    expected = {tensor for param in params_of(config.shape).values() for tensor in param.hf_names(sizes)}
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if config.shape.tie_word_embeddings:
         ignored.add("lm_head.weight")
@@ -317,7 +278,7 @@ def _checked_leaves(params: Any, config: DecoderConfig) -> dict[str, Any]:
     """Parameters by our name, after a look at names and shapes."""
 
     def named(tree: Any) -> dict[str, Any]:
-        return {_name(key_path): x for key_path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        return {param_name(key_path): x for key_path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
     leaves, expected = named(params), named(abstract_policy(config)[1])
     for name in sorted(leaves.keys() | expected.keys()):
@@ -332,17 +293,15 @@ def _checked_leaves(params: Any, config: DecoderConfig) -> dict[str, Any]:
 
 def _hf_tensors(leaves: dict[str, Any], config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the file, contiguous, one stacked parameter gathered at a time."""
+    sizes = axis_sizes(config.shape)
     for name, x in leaves.items():
-        host = x if isinstance(x, np.ndarray) else to_host(x)
-        shape = _hf_shape(name, host.shape)
-        for layer, tensor in enumerate(_hf_names(name, config)):
-            # Inputs first in ours, last in theirs: the inverse of what `load_hf` does.
-            yield tensor, host if name in _TENSORS else np.ascontiguousarray(host[layer].reshape(shape[::-1]).T)
-    if not config.shape.qkv_bias:
-        for bias, matrix in (("q_bias", "q"), ("k_bias", "k"), ("v_bias", "v")):
-            out = _hf_shape(matrix, leaves[matrix].shape)[0]
-            for tensor in _hf_names(bias, config):
-                yield tensor, np.zeros(out, leaves[matrix].dtype)
+        param, host = PARAMS[name], x if isinstance(x, np.ndarray) else to_host(x)
+        for tensor, values in zip(param.hf_names(sizes), host if param.per_layer else [host], strict=True):
+            yield tensor, param.to_hf(values, sizes)
+    for name, param in PARAMS.items():
+        if name not in leaves and param.init == "zeros":  # a bias that Qwen2 has
+            for tensor in param.hf_names(sizes):
+                yield tensor, np.zeros(param.hf_shape(sizes), leaves["embedding"].dtype)
 
 
 def _write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], writer: bool) -> None:

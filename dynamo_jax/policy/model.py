@@ -17,35 +17,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from dynamo_jax.config import ArchitectureConfig
 from dynamo_jax.kernels.attention import attention
+from dynamo_jax.policy.params import PARAMS, axis_sizes, param_name, params_of
 from dynamo_jax.sharding import sharding
-
-# Parameter name -> logical axis of each dimension. Parameters of a block have a leading layer axis, never split.
-PARAM_AXES: dict[str, tuple[str | None, ...]] = {
-    "embedding": ("vocab", "embed"),
-    "lm_head": ("vocab", "embed"),
-    "final_norm": (None,),
-    "attention_norm": (None, None),
-    "q": (None, "embed", "heads", None),
-    "k": (None, "embed", "kv_heads", None),
-    "v": (None, "embed", "kv_heads", None),
-    "q_bias": (None, "heads", None),
-    "k_bias": (None, "kv_heads", None),
-    "v_bias": (None, "kv_heads", None),
-    "o": (None, "heads", None, "embed"),
-    "mlp_norm": (None, None),
-    "gate": (None, "embed", "mlp"),
-    "up": (None, "embed", "mlp"),
-    "down": (None, "mlp", "embed"),
-}
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, [layers, B, S, K, H] each."""
+    """Keys and values of every layer."""
 
-    k: jax.Array
-    v: jax.Array
+    k_ZBSKH: jax.Array
+    v_ZBSKH: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,46 +41,32 @@ class DecoderConfig:
     mesh: Mesh | None = None
 
 
-def _param(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str) -> nnx.Param[jax.Array]:
-    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(fan_in**-0.5, dtype))
-
-
 class Blocks(nnx.Module):
-    """All layers, stacked. Called on one layer's slice of the parameters, inside a scan."""
+    """All layers: the stacked parameters of the table. Called on one layer's slice of them, inside a scan."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, params: dict[str, nnx.Param[jax.Array]]) -> None:
         self.config = config
-        c, dtype = config.shape, config.param_dtype
-        layers, D, F = c.num_layers, c.hidden_size, c.intermediate_size
-        N, K, H = c.num_heads, c.num_kv_heads, _head_dim(c)
-        self.attention_norm = nnx.Param(jnp.ones((layers, D), dtype))
-        self.q = _param(rngs, (layers, D, N, H), D, dtype)
-        self.k = _param(rngs, (layers, D, K, H), D, dtype)
-        self.v = _param(rngs, (layers, D, K, H), D, dtype)
-        if c.qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros((layers, N, H), dtype))
-            self.k_bias = nnx.Param(jnp.zeros((layers, K, H), dtype))
-            self.v_bias = nnx.Param(jnp.zeros((layers, K, H), dtype))
-        self.o = _param(rngs, (layers, N, H, D), N * H, dtype)
-        self.mlp_norm = nnx.Param(jnp.ones((layers, D), dtype))
-        self.gate = _param(rngs, (layers, D, F), D, dtype)
-        self.up = _param(rngs, (layers, D, F), D, dtype)
-        self.down = _param(rngs, (layers, F, D), F, dtype)
+        for name, param in params.items():
+            setattr(self, name, param)
 
     def __call__(self, x_BQD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         """One pre-norm layer. `attend` maps (q, k, v) to (output, what the caller keeps of k and v)."""
         c = self.config.shape
-        y = _rms_norm(x_BQD, self.attention_norm[...], c.rms_norm_eps)
-        q = self._dot("bqd,dnh->bqnh", y, self.q)
-        k = self._dot("bqd,dkh->bqkh", y, self.k)
-        v = self._dot("bqd,dkh->bqkh", y, self.v)
+        y_BQD = _rms_norm(x_BQD, self.attention_norm[...], c.rms_norm_eps)
+        q_BQAH = self._dot("bqd,dah->bqah", y_BQD, self.q)
+        k_BQKH = self._dot("bqd,dkh->bqkh", y_BQD, self.k)
+        v_BQKH = self._dot("bqd,dkh->bqkh", y_BQD, self.v)
         if c.qkv_bias:
-            q, k, v = (z + b[...].astype(z.dtype) for z, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
-        out, kept = attend(_rotate(q, *rope), _rotate(k, *rope), v)
-        x_BQD = x_BQD + self._dot("bqnh,nhd->bqd", out, self.o)
-        y = _rms_norm(x_BQD, self.mlp_norm[...], c.rms_norm_eps)
-        y = jax.nn.silu(self._dot("bqd,df->bqf", y, self.gate)) * self._dot("bqd,df->bqf", y, self.up)
-        return x_BQD + self._dot("bqf,fd->bqd", y, self.down), kept
+            q_BQAH += self.q_bias[...].astype(q_BQAH.dtype)
+            k_BQKH += self.k_bias[...].astype(k_BQKH.dtype)
+            v_BQKH += self.v_bias[...].astype(v_BQKH.dtype)
+        out_BQAH, kept = attend(_rotate(q_BQAH, *rope), _rotate(k_BQKH, *rope), v_BQKH)
+        # einsum sums in the order of its letters: H comes before a, so that the last bits stay what they were.
+        x_BQD = x_BQD + self._dot("bqaH,aHd->bqd", out_BQAH, self.o)
+        y_BQD = _rms_norm(x_BQD, self.mlp_norm[...], c.rms_norm_eps)
+        gate_BQF = jax.nn.silu(self._dot("bqd,df->bqf", y_BQD, self.gate))
+        up_BQF = self._dot("bqd,df->bqf", y_BQD, self.up)
+        return x_BQD + self._dot("bqf,fd->bqd", gate_BQF * up_BQF, self.down), kept
 
     def _dot(self, equation: str, x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
         return jnp.einsum(equation, x, weight[...].astype(x.dtype), precision=_precision(self.config.compute_dtype))
@@ -109,14 +77,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         self.config = config
-        c = config.shape
-        if c.vocab_size is None:
-            raise ValueError("a decoder needs a vocab_size: give it, or take it from the tokenizer")
-        self.embedding = _param(rngs, (c.vocab_size, c.hidden_size), c.hidden_size, config.param_dtype)
-        self.blocks = Blocks(config, rngs)
-        self.final_norm = nnx.Param(jnp.ones((c.hidden_size,), config.param_dtype))
-        if not c.tie_word_embeddings:
-            self.lm_head = _param(rngs, (c.vocab_size, c.hidden_size), c.hidden_size, config.param_dtype)
+        sizes, made = axis_sizes(config.shape), {}
+        for name, param in params_of(config.shape).items():
+            made[name] = nnx.Param(param.initial(sizes, config.param_dtype, rngs.params))
+            if not param.per_layer:
+                setattr(self, name, made[name])
+        self.blocks = Blocks(config, {name: x for name, x in made.items() if PARAMS[name].per_layer})
 
     def head(self) -> jax.Array:
         """[V, D] in the parameter dtype; logits = hidden @ head.T."""
@@ -199,7 +165,7 @@ class Decoder(nnx.Module):
         return _rms_norm(x_BQD, self.final_norm[...], self.config.shape.rms_norm_eps)
 
     def _rope(self, position_BQ: jax.Array) -> tuple[jax.Array, jax.Array]:
-        half = _head_dim(self.config.shape) // 2
+        half = axis_sizes(self.config.shape)["H"] // 2
         frequency = self.config.shape.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
         angle = position_BQ[..., None].astype(jnp.float32) * frequency  # radians
         return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
@@ -208,10 +174,6 @@ class Decoder(nnx.Module):
         if self.config.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, sharding(self.config.mesh, "batch"))
-
-
-def _head_dim(c: ArchitectureConfig) -> int:
-    return c.head_dim or c.hidden_size // c.num_heads
 
 
 def _precision(compute_dtype: str) -> jax.lax.Precision | None:
@@ -226,15 +188,15 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (y * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _rotate(x_BQNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rotate(x_BQAH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864) in the half-split layout of the Hugging Face models."""
-    a, b = jnp.split(x_BQNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BQNH.dtype)
+    a, b = jnp.split(x_BQAH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BQAH.dtype)
 
 
-def _write(cache: jax.Array, x_B1KH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
+def _write(cache_ZBSKH: jax.Array, x_B1KH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
     start = (layer, jnp.zeros_like(slot), slot, jnp.zeros_like(slot), jnp.zeros_like(slot))
-    return jax.lax.dynamic_update_slice(cache, x_B1KH[None].astype(cache.dtype), start)
+    return jax.lax.dynamic_update_slice(cache_ZBSKH, x_B1KH[None].astype(cache_ZBSKH.dtype), start)
 
 
 def abstract_policy(config: DecoderConfig) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
@@ -248,11 +210,10 @@ def abstract_policy(config: DecoderConfig) -> tuple[nnx.GraphDef[Decoder], nnx.S
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
-    """The sharding of each parameter, or of each optimizer moment of one, from `PARAM_AXES`. Scalars are not split."""
+    """The sharding of each parameter, or of each optimizer moment of one, from its axes. Scalars are not split."""
 
     def look_up(path: tuple[Any, ...], x: Any) -> NamedSharding:
-        names = [getattr(key, "key", None) for key in path]
-        return sharding(mesh, *next(PARAM_AXES[n] for n in names if n in PARAM_AXES)) if x.ndim else sharding(mesh)
+        return sharding(mesh, *PARAMS[param_name(path)].logical_axes) if x.ndim else sharding(mesh)
 
     return jax.tree_util.tree_map_with_path(look_up, params)
 

@@ -7,7 +7,12 @@ from dynamo_jax.tasks.tokenizer import Tokenizer
 
 
 def decode_rollouts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
-    """The text of each rollout, without its end-of-sequence token and padding."""
+    """The text of each rollout, without its end-of-sequence token and padding.
+
+    A policy's vocabulary may have ids that the tokenizer has no token for. They are sampled like any other, so that
+    `logp_BC` and the gradient are those of the distribution drawn from, and a policy that likes them is told: they show
+    in the text as `tasks.tokenizer.UNKNOWN_ID`.
+    """
     stop = set(tokenizer.stop_ids)
     texts = []
     for ids, length, ended in zip(rollouts.tokens_BC, rollouts.length_B, rollouts.ended_B, strict=True):

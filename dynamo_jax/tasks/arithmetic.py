@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dynamo_jax.tasks.tokenizer import UNKNOWN_ID
+
 OPERATIONS = "+-*"
 _APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
@@ -108,7 +110,7 @@ class ArithmeticTokenizer:
         return [self.alphabet.index(c) + 2 for c in text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.alphabet[i - 2] for i in ids if i >= 2)
+        return "".join(self.alphabet[i - 2] if i < self.size else UNKNOWN_ID for i in ids if i >= 2)
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         return "".join(message["content"] for message in messages)

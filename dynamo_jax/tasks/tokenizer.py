@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
+
+UNKNOWN_ID = "\ufffd"  # in a text: an id that the tokenizer has no token for
 
 
 class Tokenizer(Protocol):
@@ -31,7 +34,11 @@ class Tokenizer(Protocol):
         """Token ids of `text`; no begin- or end-of-sequence token is added."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """The text of `ids`, special tokens left out.
+
+        Each id without a token, beyond the last or in a gap, becomes `UNKNOWN_ID`: a policy can sample it. Left out, it
+        would join what stands on its two sides to a text that nobody sampled, and that may be right.
+        """
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """Messages `{role, content}` as one text that ends where the assistant's answer begins.
@@ -53,7 +60,8 @@ class HFTokenizer:
             )
         self.eos_id = int(inner.eos_token_id)
         self.pad_id = self.eos_id if inner.pad_token_id is None else int(inner.pad_token_id)
-        self.size = max(inner.get_vocab().values()) + 1
+        self._has_token = frozenset(inner.get_vocab().values())
+        self.size = max(self._has_token) + 1
         stops = [self.eos_id, *_generation_eos(folder), *self._end_of_turn()]
         self.stop_ids = tuple(dict.fromkeys(stops))
 
@@ -62,10 +70,12 @@ class HFTokenizer:
         return [int(i) for i in self._inner.encode(text, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        # Ids between the tokenizer's size and the policy's padded vocabulary decode to nothing. The clean-up would
-        # turn "a , b" into "a, b": a graded text must be the text that was sampled.
-        plain = [int(i) for i in ids]
-        return str(self._inner.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        parts = groupby(map(int, ids), self._has_token.__contains__)
+        return "".join(self._text(list(part)) if known else UNKNOWN_ID * len(list(part)) for known, part in parts)
+
+    def _text(self, ids: list[int]) -> str:
+        # The clean-up would turn "a , b" into "a, b": a graded text must be the text that was sampled.
+        return str(self._inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         import jinja2

@@ -12,13 +12,13 @@ from flax import nnx
 
 from dynamo_jax.config import ArchitectureConfig, MeshConfig
 from dynamo_jax.policy import (
-    PARAM_AXES,
     DecoderConfig,
     KVCache,
     abstract_policy,
     init_policy,
     param_shardings,
 )
+from dynamo_jax.policy.params import PARAMS, param_name
 from dynamo_jax.sharding import make_mesh
 
 TINY = ArchitectureConfig(
@@ -32,7 +32,7 @@ def make_params(config: DecoderConfig) -> Any:
     rng = np.random.default_rng(0)
 
     def fill(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-        name = next(key.key for key in path if getattr(key, "key", None) in PARAM_AXES)
+        name = param_name(path)
         center, scale = (1.0, 0.2) if name.endswith("norm") else (0.0, 0.25)
         return jnp.asarray(rng.normal(center, scale, x.shape), x.dtype)
 
@@ -197,13 +197,8 @@ def test_every_parameter_gets_a_gradient(tied: bool) -> None:
     _, grad = loss_and_grad(config, make_params(config), tokens, valid)
     names = set()
     for path, x in jax.tree_util.tree_leaves_with_path(grad):
-        names |= {key.key for key in path if getattr(key, "key", None) in PARAM_AXES}
+        names.add(param_name(path))
         assert np.isfinite(x).all(), path
         layers = x if "blocks" in str(path[0]) else x[None]
         assert all(np.abs(layer).max() > 1e-6 for layer in layers), path
-    assert names == PARAM_AXES.keys() - ({"lm_head"} if tied else set())
-
-
-def test_a_vocabulary_is_needed() -> None:
-    with pytest.raises(ValueError, match="needs a vocab_size"):
-        abstract_policy(DecoderConfig(dataclasses.replace(TINY, vocab_size=None)))
+    assert names == PARAMS.keys() - ({"lm_head"} if tied else set())

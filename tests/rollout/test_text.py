@@ -1,10 +1,16 @@
 """The text that is graded."""
 
+import jax
 import numpy as np
 
-from dynamo_jax.batch import Rollouts
+from dynamo_jax.batch import PromptBatch, Rollouts
+from dynamo_jax.config import ArchitectureConfig, MeshConfig
+from dynamo_jax.policy import DecoderConfig, abstract_policy, init_policy
+from dynamo_jax.rollout.sampler import Sampler, SamplerConfig
 from dynamo_jax.rollout.text import decode_rollouts
-from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer
+from dynamo_jax.sharding import make_mesh
+from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, grade
+from dynamo_jax.tasks.tokenizer import UNKNOWN_ID
 
 TOKENIZER = ArithmeticTokenizer()
 EOS = TOKENIZER.eos_id
@@ -54,3 +60,31 @@ def test_padding_after_the_length_never_shows():
     batch = rollouts(([7, 1], True))
     batch.tokens_BC[0, 2:] = 9  # whatever the sampler's buffer holds there
     assert decode_rollouts(batch, TwoStops()) == ["7"]
+
+
+def test_ids_without_a_token_are_sampled_and_show():
+    """A policy of 64 ids, a tokenizer of 16: what is drawn follows the policy, and no id vanishes from the text."""
+    shape = ArchitectureConfig(
+        hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=2, intermediate_size=8, vocab_size=64,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    policy = DecoderConfig(shape)
+    settings = SamplerConfig(max_tokens=4, batch=256, window=1, stop_ids=TOKENIZER.stop_ids, pad_id=TOKENIZER.pad_id)
+    sampler = Sampler(abstract_policy(policy)[0], settings, make_mesh(MeshConfig(), jax.devices()[:1]))
+    tokens = np.array([TOKENIZER.encode("3+4")], np.int32)
+    prompts = PromptBatch(np.zeros(1, np.int32), tokens, np.array([3], np.int32), ("p",), ("3+4",), ("7",))
+    drawn = sampler.sample(init_policy(policy, jax.random.key(0)), prompts, np.zeros(256, int), jax.random.key(1))
+    first = drawn.tokens_BC[:, 0]
+    assert 0.5 < np.mean(first >= TOKENIZER.size) < 0.95  # three quarters of the ids
+    assert np.isfinite(drawn.logp_BC).all()
+
+    texts = decode_rollouts(drawn, TOKENIZER)
+    sampled = np.arange(4) < drawn.length_B[:, None]
+    unknown = ((drawn.tokens_BC >= TOKENIZER.size) & sampled).sum(axis=1)
+    assert [text.count(UNKNOWN_ID) for text in texts] == unknown.tolist()
+
+
+def test_an_answer_is_not_read_across_an_id_without_a_token():
+    [text] = decode_rollouts(rollouts(([*TOKENIZER.encode("7"), 40, *TOKENIZER.encode("4"), EOS], True)), TOKENIZER)
+    assert text == f"7{UNKNOWN_ID}4"
+    assert not grade(text, "74")

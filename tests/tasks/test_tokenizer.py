@@ -48,6 +48,26 @@ def test_ids_of_a_chat_tokenizer(make_folder):
     )
 
 
+def test_ids_without_a_token_are_marked(tmp_path):
+    """Beyond the last token, and in a gap among them: left out, "1 2" would be read where "1 ? 2" was sampled."""
+    import tokenizers
+    import transformers
+
+    words = {word: i for i, word in enumerate(WORDS)} | {"7": 20}  # no token has ids 13 to 19
+    model = tokenizers.models.WordLevel(words, unk_token="<unk>")  # noqa: S106
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["<unk>", "<eos>"])
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>")  # noqa: S106
+    wrapped.save_pretrained(tmp_path / "holes")
+    tokenizer = load_tokenizer(tmp_path / "holes")
+    assert tokenizer.size == 21
+    assert tokenizer.decode([20, 8, 6]) == "7 + 2"
+    assert tokenizer.decode([5, 13, 20, 19, 19, 21, 6, 1]) == "1\ufffd7\ufffd\ufffd\ufffd2"
+    assert tokenizer.decode([13]) == tokenizer.decode([21]) == tokenizer.decode([2**31 - 1]) == "\ufffd"
+    assert tokenizer.decode([]) == ""
+
+
 @pytest.mark.parametrize(
     ("template", "generation_config", "stop_ids"),
     [
@@ -128,7 +148,11 @@ def test_qwen(shared, tmp_path):
     assert tokenizer.stop_ids == (151643, *im_end) == (151643, 151645)
     text = "so  x = \\frac{1}{2} , and 你好 🙂 .\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode([*tokenizer.encode("ab"), *im_end, 151643, 151900]) == "ab"
+    assert tokenizer.decode([*tokenizer.encode("ab"), *im_end, 151643]) == "ab"
+    four, five = tokenizer.encode("4"), tokenizer.encode("5")
+    assert tokenizer.decode([*four, 151665, *five, 151934, 151935]) == "4\ufffd5\ufffd\ufffd"  # of 151936 in the policy
+    half = tokenizer.encode("🙂")[:1]  # bytes that only the next token would complete
+    assert tokenizer.decode([*half, 151665, *tokenizer.encode("🙂")]) == tokenizer.decode(half) + "\ufffd🙂"
     rendered = tokenizer.render_chat([{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
     assert rendered == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
 

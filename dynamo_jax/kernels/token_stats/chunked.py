@@ -142,7 +142,7 @@ def _backward(
             d_hidden_TD, d_head_vD = sums
             hidden_tD, targets_t, s, g_logp_t, g_entropy_t = _rows(rows, i * tile, tile)
             u_tv = logits(hidden_tD, head_vD, temperature) - s.top[:, None]
-            p_tv = jnp.exp(u_tv - s.log_A[:, None])
+            p_tv = jnp.exp(u_tv - s.log_sum[:, None])
             g_tv = g_logp_t[:, None] + g_entropy_t[:, None] * (u_tv - s.mean_u[:, None])
             dz_tv = jnp.where(_is_target(targets_t, first, u_tv.shape), g_logp_t[:, None], 0.0) - p_tv * g_tv
             dz_tv = _over(dz_tv, temperature).astype(dz_dtype)

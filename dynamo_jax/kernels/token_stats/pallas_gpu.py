@@ -66,16 +66,16 @@ def _forward(
     # As many blocks of columns for each part, so that none is without a column.
     each = pl.cdiv(vocab_blocks, min(vocab_blocks, pl.cdiv(blocks.programs, token_blocks)))
     parts = pl.cdiv(vocab_blocks, each)
-    sum_PT: Any = jax.ShapeDtypeStruct((parts, T), jnp.float32)
-    sums_PT = pl.pallas_call(
+    one: Any = jax.ShapeDtypeStruct((parts, T), jnp.float32)
+    of_parts = pl.pallas_call(
         partial(_kernel, blocks=blocks, each=each, scale=1.0 / temperature),
         grid=(token_blocks, parts),
-        out_shape=Sums(*[sum_PT] * 6),
+        out_shape=Sums(*[one] * 6),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="token_stats_forward",
     )(live[None], hidden_TD, head_VD, targets_T)
-    return merge_axis(sums_PT, 0)
+    return merge_axis(of_parts, 0)
 
 
 def _kernel(

@@ -105,7 +105,7 @@ def _forward(
     logits = pltpu.VMEM((tokens, columns), jnp.float32)
     lanes = pltpu.VMEM((tokens, LANES), jnp.float32)
     kernel = partial(_kernel, rows=rows, last=last, tail=V - last * columns, scale=1.0 / temperature)
-    out_TL = pl.pallas_call(
+    sums = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -130,7 +130,7 @@ def _forward(
         interpret=interpret,
         name="token_stats_forward",
     )(live[None], hidden_TD, head_VD, targets_T[:, None])
-    return Sums(*(out_TL[:, i] for i in range(6)))
+    return Sums(*(sums[:, i] for i in range(6)))
 
 
 def _kernel(

@@ -40,14 +40,15 @@ class Sums(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What the backward pass needs of each token, [T]: p = exp(z - top - log_A), H's gradient is -p (z - top - mean_u).
+    """What the backward pass needs of each token, [T]: p = exp(z - top - log_sum), H's gradient is
+    -p (z - top - mean_u).
 
     Not their sums, the log-sum-exp and the mean logit: at logits of 50 those are rounded to 4e-6, an error that every
     p would carry.
     """
 
     top: jax.Array
-    log_A: jax.Array
+    log_sum: jax.Array  # log A
     mean_u: jax.Array  # B / A
 
 
@@ -92,10 +93,10 @@ def merge_devices(s: Sums, axis: str) -> Sums:
 
 def finish(s: Sums) -> tuple[TokenStats, Softmax]:
     """The statistics, from the sums over the whole vocabulary."""
-    A, log_A = 1.0 + s.a, jnp.log1p(s.a)
+    A, log_sum = 1.0 + s.a, jnp.log1p(s.a)
     mean_u = s.B / A
-    stats = TokenStats(s.target - s.top - log_A, log_A - mean_u, (s.E - mean_u * s.C) / jnp.square(A))
-    return stats, Softmax(s.top, log_A, mean_u)
+    stats = TokenStats(s.target - s.top - log_sum, log_sum - mean_u, (s.E - mean_u * s.C) / jnp.square(A))
+    return stats, Softmax(s.top, log_sum, mean_u)
 
 
 def rescaled(s: Sums, top: jax.Array) -> tuple[jax.Array, Sums]:
