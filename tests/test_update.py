@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from functools import cache, partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from dynamo_jax.config import (
     PolicyConfig,
     RolloutConfig,
 )
+from dynamo_jax.config.choices import Aggregation
 from dynamo_jax.kernels import token_stats
-from dynamo_jax.objective.policy_loss import AGGREGATIONS
 from dynamo_jax.objective.terms import token_advantages
 from dynamo_jax.policy import Decoder, abstract_policy
 from dynamo_jax.policy.build import decoder_config
@@ -126,7 +126,7 @@ def test_statistics_are_those_of_each_row_alone_without_padding() -> None:
             np.testing.assert_allclose(found[m, :length], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_micro_batches_add_up_to_the_whole(aggregation: str) -> None:
     """Modulation on, so its extremes are the mini-batch's; rows of one token and of all."""
     expected, metrics = updated(replaced(objective={"aggregation": aggregation}))

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dynamo_jax.config.choices import Baseline, check_choice
 from dynamo_jax.objective.policy_loss import check_clip, probability_ratio
-
-BASELINES = ("exact", "sequence_mean")
 
 # The released code's; where all entropies, or all entropy changes, are equal up to rounding, the factors become 1.
 _EPSILON = 1e-8
@@ -29,7 +28,7 @@ def entropy_change(
     clip_high: float | None,
     clip_ratio_c: float | None = None,
     *,
-    baseline: str = "exact",
+    baseline: Baseline = "exact",
     log_ratio: jax.Array | None = None,
 ) -> jax.Array:
     """First-order change of a token's policy entropy under a policy-gradient step, Eq. 29 of arXiv 2602.19208:
@@ -50,7 +49,7 @@ def entropy_change(
         mask: [M, C], 1 for tokens that count.
         clip_low, clip_high: the clip range of the ratio is [1 - clip_low, 1 + clip_high]; both None: no clip.
         clip_ratio_c: the dual clip of `policy_loss`; None: off.
-        baseline: one of BASELINES.
+        baseline: a word of `Baseline`.
         log_ratio: float [M, C], log r, from `log_ratio`, if it is not the token's own logp - old_logp; nats.
 
     Returns:
@@ -58,8 +57,7 @@ def entropy_change(
 
     Raises ValueError for another baseline, or if only one of clip_low and clip_high is None.
     """
-    if baseline not in BASELINES:
-        raise ValueError(f"entropy_change: baseline = {baseline!r}; choose one of {', '.join(BASELINES)}.")
+    check_choice("entropy_change: baseline", baseline, Baseline)
     check_clip("entropy_change", clip_low, clip_high)
     logp, old_logp, entropy, lambda_mean, advantages = (
         lax.stop_gradient(jnp.asarray(x, jnp.result_type(x, jnp.float32)))

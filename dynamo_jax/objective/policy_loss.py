@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-RATIOS = ("token", "sequence")
+from dynamo_jax.config.choices import Aggregation, Ratio, check_choice
 
 _MAX_LOG_RATIO = 20.0  # nats; the released code's clamp, beyond which a token has no gradient
 
@@ -21,19 +20,19 @@ class Normalizer(NamedTuple):
     tokens: jax.Array  # float scalar, divides the metrics
 
 
-def normalizer(mask: jax.Array, aggregation: str) -> Normalizer:
+def normalizer(mask: jax.Array, aggregation: Aggregation) -> Normalizer:
     """The denominators of `policy_loss` for a mini-batch, to be given to each of its micro-batches.
 
     Args:
         mask: [M, C], the whole mini-batch's.
-        aggregation: one of AGGREGATIONS.
+        aggregation: a word of `Aggregation`.
 
     Returns:
         Two float32 scalars, at least 1.
 
     Raises ValueError for another aggregation.
     """
-    _check_aggregation(aggregation)
+    check_choice("aggregation", aggregation, Aggregation)
     rows, columns = mask.shape
     tokens = jnp.maximum(jnp.sum(mask > 0, dtype=jnp.int32), 1).astype(jnp.float32)
     if aggregation == "token-mean":
@@ -46,7 +45,9 @@ def normalizer(mask: jax.Array, aggregation: str) -> Normalizer:
 _normalizer_of = normalizer  # for the functions below, whose argument has that name
 
 
-def aggregate(values: jax.Array, mask: jax.Array, aggregation: str, normalizer: Normalizer | None = None) -> jax.Array:
+def aggregate(
+    values: jax.Array, mask: jax.Array, aggregation: Aggregation, normalizer: Normalizer | None = None
+) -> jax.Array:
     """One number from values of tokens. With l the values where mask is 1, M rows and C columns:
 
         token-mean                sum l / number of tokens
@@ -56,12 +57,12 @@ def aggregate(values: jax.Array, mask: jax.Array, aggregation: str, normalizer: 
 
     Args:
         values, mask: [M, C]; values where mask is 0 are not read.
-        aggregation: one of AGGREGATIONS.
+        aggregation: a word of `Aggregation`.
         normalizer: of the whole mini-batch, if this is a micro-batch of it; None: `values` is all there is.
 
     Raises ValueError for another aggregation.
     """
-    _check_aggregation(aggregation)
+    check_choice("aggregation", aggregation, Aggregation)
     if normalizer is None:
         normalizer = _normalizer_of(mask, aggregation)
     counts = mask > 0
@@ -76,7 +77,7 @@ def probability_ratio(logp: jax.Array, old_logp: jax.Array) -> jax.Array:
     return jnp.exp(_clamp(_difference(logp, old_logp)))
 
 
-def log_ratio(logp: jax.Array, old_logp: jax.Array, mask: jax.Array, ratio: str) -> jax.Array:
+def log_ratio(logp: jax.Array, old_logp: jax.Array, mask: jax.Array, ratio: Ratio) -> jax.Array:
     """The logarithm of the ratio that `policy_loss` clips, clamped to [-20, 20] nats:
 
         token     logp_t - old_logp_t
@@ -88,15 +89,14 @@ def log_ratio(logp: jax.Array, old_logp: jax.Array, mask: jax.Array, ratio: str)
     Args:
         logp, old_logp: float [M, C], log-probabilities of the taken tokens now and when sampled, nats.
         mask: [M, C], 1 for tokens that count.
-        ratio: one of RATIOS.
+        ratio: a word of `Ratio`.
 
     Returns:
         float32 [M, C] (float64 for float64 inputs), nats, 0 where mask is 0. The gradient flows through logp.
 
     Raises ValueError for another ratio.
     """
-    if ratio not in RATIOS:
-        raise ValueError(f"ratio = {ratio!r}; choose one of {', '.join(RATIOS)}.")
+    check_choice("ratio", ratio, Ratio)
     difference = _masked_difference(logp, old_logp, mask)
     if ratio == "token":
         return _clamp(difference)
@@ -116,9 +116,9 @@ def policy_loss(
     clip_low: float | None,
     clip_high: float | None,
     clip_ratio_c: float | None = None,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     normalizer: Normalizer | None = None,
-    ratio: str = "token",
+    ratio: Ratio = "token",
     keep: jax.Array | None = None,
     weight: jax.Array | None = None,
     kl_coef: jax.Array | None = None,
@@ -143,7 +143,7 @@ def policy_loss(
         mask: [M, C], 1 for tokens that count; nothing else is read where it is 0.
         clip_low, clip_high: the clip range of the ratio is [1 - clip_low, 1 + clip_high]; both None: no clip.
         clip_ratio_c: the dual clip, > 1; None: off.
-        aggregation: one of AGGREGATIONS.
+        aggregation: a word of `Aggregation`.
         normalizer: `normalizer` of the whole mini-batch; None: these rows are all there is.
         ratio: r of each token, or of each row (GSPO): see `log_ratio`.
         keep: bool [M, C]; False leaves a token without l, but in the denominators (`fork_tokens`, `clip_cov_tokens`).
@@ -162,7 +162,7 @@ def policy_loss(
     Raises ValueError for another aggregation or ratio, shapes that do not fit, clip_ratio_c <= 1, only one of clip_low
     and clip_high, or entropy_coef without entropy.
     """
-    _check_aggregation(aggregation)
+    check_choice("aggregation", aggregation, Aggregation)
     check_clip("policy_loss", clip_low, clip_high)
     _check(logp, old_logp, advantages, mask, clip_ratio_c)
     _check_options(logp, keep, weight, kl_coef, entropy, entropy_coef)
@@ -229,11 +229,6 @@ def check_clip(caller: str, clip_low: float | None, clip_high: float | None) -> 
             f"{caller}: clip_low = {clip_low} and clip_high = {clip_high} bound the ratio together; give both, or None "
             "for both to switch the clip off."
         )
-
-
-def _check_aggregation(aggregation: str) -> None:
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation = {aggregation!r}; choose one of {', '.join(AGGREGATIONS)}.")
 
 
 def _check(

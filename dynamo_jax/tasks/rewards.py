@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, get_args
 
+from dynamo_jax.config.choices import RewardKind, VerifierKind
 from dynamo_jax.tasks import arithmetic
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 from dynamo_jax.tasks.grading.extract import extract
@@ -125,7 +126,7 @@ def length_penalty(output: str, free: int, limit: int) -> float:
     return -min(1.0, max(0.0, (len(output) - free) / (limit - free)))
 
 
-BUILT_IN: dict[str, Reward] = {
+BUILT_IN: dict[RewardKind, Reward] = {
     "exact": exact,
     "arithmetic": arithmetic.grade,
     "countdown": countdown,
@@ -135,13 +136,13 @@ BUILT_IN: dict[str, Reward] = {
 
 def load_reward(name: str) -> Reward:
     """A built-in reward, or the user's own `module:function`. Raises `ValueError` if there is none of that name."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
+    if name in get_args(RewardKind):
+        return BUILT_IN[cast(RewardKind, name)]
     module, _, function = name.partition(":")
     try:
         reward = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join(("math", "math_verify_compat", *BUILT_IN))
+        known = ", ".join((*get_args(VerifierKind), *get_args(RewardKind)))
         raise ValueError(
             f"task.reward.kind = {name!r}: cannot be loaded: {error}. Give one of {known}, or module:function of a "
             "module on PYTHONPATH."

@@ -1,14 +1,18 @@
 """The clipped loss: by hand, against the released code with gradients, in micro-batches, on degenerate masks."""
 
 import json
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynamo_jax.config.choices import Aggregation
 from dynamo_jax.objective import normalizer, policy_loss
-from dynamo_jax.objective.policy_loss import AGGREGATIONS, aggregate
+from dynamo_jax.objective.policy_loss import aggregate
+
+AGGREGATIONS = get_args(Aggregation)
 
 METRICS = ("objective/clip_fraction", "objective/kl_old_new", "objective/dual_clip_fraction")
 CLIP = {"clip_low": 0.2, "clip_high": 0.2}

@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any
 
+from dynamo_jax.config.choices import VerifierKind
 from dynamo_jax.tasks.grading.answers import cache_key, check_gold, compare, readable
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.verifier_worker import read_message, write_message
@@ -150,7 +151,7 @@ class Verifier:
         timeout: float = 5.0,
         memory_mb: int = 1024,
         *,
-        kind: Literal["math", "math_verify_compat"] = "math",
+        kind: VerifierKind = "math",
         killed_file: str | Path | None = None,
     ) -> None:
         if workers < 1 or timeout <= 0 or memory_mb <= 0:
