@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from dynamo_jax.batch import TokenStats, TrainBatch, micro_batches, whole
 from dynamo_jax.config import Config, OptimizerConfig
 from dynamo_jax.kernels import token_stats
-from dynamo_jax.objective import normalizer, policy_loss
-from dynamo_jax.objective.terms import Metrics, TokenTerms, token_terms
+from dynamo_jax.objective import denominators, policy_loss
+from dynamo_jax.objective.terms import Metrics, clip_of, token_terms
 from dynamo_jax.policy.model import Decoder, param_shardings
 from dynamo_jax.sharding import sharding
 
@@ -160,32 +160,28 @@ def update_policy(
     """
     c = config.objective
     mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
-    terms, metrics = token_terms(batch.advantage_M, batch.random_M, old, now, mask_MC, config)
-    norm = normalizer(mask_MC, c.aggregation)
+    advantage_MC, terms, metrics = token_terms(batch, old, now, mask_MC, config)
+    whole_batch = denominators(mask_MC, c.aggregation)
 
-    def loss_fn(params: Any, micro: tuple[TrainBatch, jax.Array, TokenTerms, jax.Array]) -> tuple[jax.Array, Metrics]:
-        rows, old_logp, token, mask = micro
+    def loss_fn(params: Any, micro: Any) -> tuple[jax.Array, Metrics]:
+        rows, old_logp, advantages, mask, terms = micro
         stats = completion_stats(nnx.merge(graph, params), rows, config.rollout.temperature)
+        if c.entropy_coefficient:
+            terms = terms._replace(bonus=c.entropy_coefficient * stats.entropy)
         return policy_loss(
             stats.logp,
             old_logp,
-            token.advantage_MC,
+            advantages,
             mask,
-            clip_low=c.clip_low,
-            clip_high=c.clip_high,
-            clip_ratio_c=c.clip_ratio_c,
+            clip_of(c),
             aggregation=c.aggregation,
-            normalizer=norm,
+            denominators=whole_batch,
             ratio=c.ratio,
-            keep=token.keep_MC,
-            weight=rows.weight_M[:, None],
-            kl_coef=token.kl_MC,
-            entropy=stats.entropy,
-            entropy_coef=c.entropy_coefficient,
+            terms=terms,
         )
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    micro = micro_batches((batch, old.logp, terms, mask_MC), config.micro_batch)
+    micro = micro_batches((batch, old.logp, advantage_MC, mask_MC, terms), config.micro_batch)
     (loss, sums), grads = _sum_over_micro_batches(lambda m: gradient(state.params, m), micro)
 
     grad_norm = optax.tree.norm(grads)
