@@ -41,13 +41,15 @@ def denominators(mask: jax.Array, aggregation: Aggregation) -> Denominators:
     Raises ValueError for another aggregation.
     """
     check_choice("aggregation", aggregation, Aggregation)
-    rows, columns = mask.shape
-    tokens = jnp.maximum(jnp.sum(mask > 0, dtype=jnp.int32), 1).astype(jnp.float32)
+    counts = mask > 0
+    tokens, rows = (
+        jnp.maximum(jnp.sum(x, dtype=jnp.int32), 1).astype(jnp.float32) for x in (counts, jnp.any(counts, axis=-1))
+    )
     if aggregation == "token-mean":
         return Denominators(tokens, tokens)
     if aggregation == "seq-mean-token-sum-norm":
-        return Denominators(jnp.float32(max(columns, 1)), tokens)
-    return Denominators(jnp.float32(max(rows, 1)), tokens)
+        return Denominators(rows * max(mask.shape[1], 1), tokens)
+    return Denominators(rows, tokens)
 
 
 _denominators_of = denominators  # for the functions below, whose argument has that name
@@ -56,12 +58,12 @@ _denominators_of = denominators  # for the functions below, whose argument has t
 def aggregate(
     values: jax.Array, mask: jax.Array, aggregation: Aggregation, denominators: Denominators | None = None
 ) -> jax.Array:
-    """One number from values of tokens. With l the values where mask is 1, M rows and C columns:
+    """One number from values of tokens. With l the values where mask is 1, and means over the rows that have tokens:
 
         token-mean                sum l / number of tokens
-        seq-mean-token-sum        sum l / M
-        seq-mean-token-mean       sum over rows of (mean of l in the row) / M; a row without tokens adds 0
-        seq-mean-token-sum-norm   sum l / C
+        seq-mean-token-sum        mean over rows of sum l
+        seq-mean-token-mean       mean over rows of (sum l / number of the row's tokens)
+        seq-mean-token-sum-norm   mean over rows of (sum l / C), the constant of Dr. GRPO (arXiv 2503.20783)
 
     Args:
         values, mask: [M, C]; values where mask is 0 are not read.

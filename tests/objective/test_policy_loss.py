@@ -39,7 +39,7 @@ def test_by_hand():
         "token-mean": losses.sum() / 7,
         "seq-mean-token-sum": losses.sum() / 2,
         "seq-mean-token-mean": (losses[0].sum() / 3 + losses[1].sum() / 4) / 2,
-        "seq-mean-token-sum-norm": losses.sum() / 4,
+        "seq-mean-token-sum-norm": losses.sum() / 4 / 2,
     }
     # The gradient to logp is -A r where nothing is clipped.
     slope = np.array([[-2.0, 0.0, -1.0, 0.0], [1.0, 0.0, 1.5, 0.0]])
@@ -75,6 +75,34 @@ def test_micro_batches_add_up_to_the_whole(aggregation):
     total = jax.tree.map(lambda *xs: sum(xs), *[value for value, _ in outputs])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), total, whole)
     np.testing.assert_allclose(jnp.concatenate([grad for _, grad in outputs]), whole_grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_neither_more_of_the_same_rows_nor_empty_ones_change_the_loss(aggregation):
+    batch = random_batch()
+
+    @jax.jit
+    def run(logp, *rest):
+        def f(logp):
+            return policy_loss(logp, *rest, CLIP, aggregation=aggregation)
+
+        (loss, metrics), grad = jax.value_and_grad(f, has_aux=True)(logp)
+        return loss, metrics, grad
+
+    def compare(found, expected):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+    loss, metrics, grad = run(*batch)
+    for times in (2, 8):
+        more = run(*(jnp.tile(x, (times, 1)) for x in batch))
+        jax.tree.map(compare, more[:2], (loss, metrics))
+        compare(more[2], np.tile(grad / times, (times, 1)))
+    # Six of eight rows, as when dynamic sampling finds too few groups to train on.
+    two = run(*(x[:2] for x in batch))
+    padded = run(*batch[:3], batch[3].at[2:].set(False))
+    jax.tree.map(compare, padded[:2], two[:2])
+    compare(padded[2][:2], two[2])
+    np.testing.assert_array_equal(padded[2][2:], 0.0)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -143,7 +171,11 @@ def golden(shared, name, x64):
 @pytest.mark.shared
 @pytest.mark.parametrize(("x64", "tolerance"), [(True, 1e-7), (False, 2e-5)])
 def test_golden_loss(shared, x64, tolerance):
-    """Released loss, metrics and gradient for each plain clipped case. One of them is nan there: an empty row."""
+    """Released loss, metrics and gradient for each plain clipped case, but for two things that are mended here:
+
+    `seq-mean-token-sum-norm` is a sum over rows there, in spite of its name, and a mean here; and a row without tokens
+    makes the loss nan there, where here it does not count.
+    """
     dtype = np.float64 if x64 else np.float32
     aggregations, guarded = set(), 0
     for case, arrays in golden(shared, "policy_loss.npz", x64):
@@ -161,12 +193,14 @@ def test_golden_loss(shared, x64, tolerance):
         (loss, metrics), grad = jax.jit(jax.value_and_grad(f, has_aux=True))(inputs[0])
         assert loss.dtype == dtype
         out, expected_grad = arrays["out"], arrays["grad_log_prob"]
+        if case["agg"] == "seq-mean-token-sum-norm":
+            out, expected_grad = np.array([out[0] / len(mask), *out[1:]]), expected_grad / len(mask)
         if case["official_loss_is_nan"]:
-            # The empty row adds 0, the others as they do there: gradients of rows with tokens are defined there too.
+            # Gradients of rows with tokens are defined there too, but over all rows.
             rows = mask.any(-1)
             means = [arrays["loss_mat"][r][mask[r]].mean() for r in np.flatnonzero(rows)]
-            out = np.array([sum(means) / len(rows), *out[1:]])
-            grad, expected_grad = np.asarray(grad)[rows], expected_grad[rows]
+            out = np.array([np.mean(means), *out[1:]])
+            grad, expected_grad = np.asarray(grad)[rows], expected_grad[rows] * len(rows) / rows.sum()
             guarded += 1
         message = f"case {case['case']}"
         ours = [loss, *(metrics[m] for m in METRICS)]
