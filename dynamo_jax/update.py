@@ -34,15 +34,29 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW, the rate warmed up linearly over `warmup_steps` updates."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
+    """Gradient clipping by global norm, then AdamW, the rate warmed up linearly over `warmup_steps` updates.
+
+    Matrices and embeddings decay. Norms and biases do not: a norm is at home at 1, not at 0.
+    """
+    adamw = optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        _decay_matrices(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate_schedule(config)),
     )
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def _decay_matrices(rate: float) -> optax.GradientTransformation:
+    """Adds rate * p to the change of each parameter p that decays. (`optax.masked` would change the state's tree.)"""
+
+    def decays(path: tuple[Any, ...]) -> bool:
+        # By name: a stacked norm has two dimensions, as a matrix has.
+        return not any(str(getattr(key, "key", "")).endswith(("norm", "_bias")) for key in path)
+
+    def add(changes: Any, params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, u, p: u + rate * p if decays(path) else u, changes, params)
+
+    return optax.stateless(add)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:

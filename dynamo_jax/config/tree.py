@@ -284,7 +284,7 @@ class OptimizerConfig:
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0  # of matrices and embeddings, not of norms and biases
     max_grad_norm: PositiveFloat = 1.0
 
 
