@@ -59,7 +59,7 @@ from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
-from dynamo_jax.update import Programs, TrainState
+from dynamo_jax.update import Programs, State
 from dynamo_jax.warmup import warm_up
 
 log = logging.getLogger("dynamo_jax")
@@ -103,7 +103,7 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
 class Trainer:
     """All that lives as long as the run. `state`, `stats`, `data` and `best` are what a checkpoint holds."""
 
-    state: TrainState
+    state: State
     stats: AllocationState
     best: float | None = None
     folder: RunFolder  # process 0's, as all that is written there

@@ -25,12 +25,28 @@ from dynamo_jax.sharding import sharding
 
 
 class TrainState(NamedTuple):
-    """What an update changes. Donated to it, and checkpointed."""
+    """What an update changes. Donated to it, and checkpointed. Its parameters are float32."""
 
     params: Any
     opt_state: Any
     updates: jax.Array  # int32, applied
     skipped: jax.Array  # int32, not applied because the loss or the gradient was not finite
+
+
+class MasterState(NamedTuple):
+    """The state of a policy in bfloat16. The optimizer moves the masters, and the parameters are their rounding.
+
+    A step of 1e-6 is a fraction of a bfloat16 number's last digit: added to it, nearly every one would be lost.
+    """
+
+    params: Any
+    opt_state: Any
+    updates: jax.Array
+    skipped: jax.Array
+    masters: Any  # float32, else like the parameters
+
+
+State = TrainState | MasterState
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -65,18 +81,50 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     return lambda count: peak * jnp.minimum(1.0, (count + 1) / max(steps, 1))
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Zero counts and moments.
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> State:
+    """Zero counts and moments, and float32 masters of bfloat16 parameters.
 
-    Moments are float32 even for bfloat16 parameters: with beta2 = 0.999 a bfloat16 second moment cannot move.
+    Moments are float32 in any case: with beta2 = 0.999 a bfloat16 second moment cannot move.
     """
     zero = jnp.zeros((), jnp.int32)
-    float32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    return TrainState(params, optimizer.init(float32), zero, zero)
+    state = TrainState(params, optimizer.init(_float32(params)), zero, zero)
+    return with_masters(state) if _is_rounded(params) else state
 
 
-def abstract_state(abstract_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as `ShapeDtypeStruct`s, each moment sharded as its parameter is. Allocates nothing."""
+def with_masters(state: TrainState) -> MasterState:
+    """The state of bfloat16 parameters that were saved without masters: these start from what was rounded."""
+    return MasterState(*state, masters=_float32(state.params))
+
+
+def apply_gradients(state: State, grads: Any, optimizer: optax.GradientTransformation) -> State:
+    """The state with its parameters and the optimizer one step on, in float32. The counts stay.
+
+    Raises ValueError for bfloat16 parameters without masters.
+    """
+    if isinstance(state, TrainState) and _is_rounded(state.params):
+        raise ValueError(
+            "update: the parameters are bfloat16 and the state has no float32 masters, without which small steps are "
+            "lost. Make the state with init_state, or add them to one that was saved without: with_masters(state)."
+        )
+    weights = state.masters if isinstance(state, MasterState) else state.params
+    changes, opt_state = optimizer.update(_float32(grads), state.opt_state, weights)
+    weights = optax.apply_updates(weights, changes)
+    if isinstance(state, MasterState):
+        params = jax.tree.map(lambda x, old: x.astype(old.dtype), weights, state.params)
+        return state._replace(params=params, opt_state=opt_state, masters=weights)
+    return state._replace(params=weights, opt_state=opt_state)
+
+
+def _is_rounded(params: Any) -> bool:
+    return any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(params))
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def abstract_state(abstract_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """The state as `ShapeDtypeStruct`s, each moment and master sharded as its parameter is. Allocates nothing."""
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
@@ -130,21 +178,19 @@ class Programs:
             stats = score_rollouts(nnx.merge(graph, params), batch, config)
             return stats, logp_drift(batch, stats.logp)
 
-        def update(
-            state: TrainState, batch: TrainBatch, old: TokenStats, now: TokenStats
-        ) -> tuple[TrainState, Metrics]:
+        def update(state: State, batch: TrainBatch, old: TokenStats, now: TokenStats) -> tuple[State, Metrics]:
             self.traces["update"] += 1
             return update_policy(graph, state, batch, old, now, self.optimizer, config)
 
         # Shardings are pinned: if the compiler chose them, a step's output would not match the next step's input.
         in_state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        self.init: Callable[[Any], TrainState] = jax.jit(
+        self.init: Callable[[Any], State] = jax.jit(
             lambda params: init_state(params, self.optimizer), out_shardings=in_state
         )
         self.score: Callable[[Any, TrainBatch], tuple[TokenStats, jax.Array]] = jax.jit(
             score, out_shardings=(rows, sharding(mesh))
         )
-        self.update: Callable[..., tuple[TrainState, Metrics]] = jax.jit(
+        self.update: Callable[..., tuple[State, Metrics]] = jax.jit(
             update, donate_argnums=0, out_shardings=(in_state, sharding(mesh))
         )
 
@@ -157,13 +203,13 @@ def score_rollouts(model: Decoder, batch: TrainBatch, config: Config) -> TokenSt
 
 def update_policy(
     graph: nnx.GraphDef[Decoder],
-    state: TrainState,
+    state: State,
     batch: TrainBatch,
     old: TokenStats,
     now: TokenStats,
     optimizer: optax.GradientTransformation,
     config: Config,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[State, Metrics]:
     """One optimizer update on one mini-batch.
 
     Args:
@@ -200,12 +246,9 @@ def update_policy(
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    proposed = (optax.apply_updates(state.params, changes), opt_state)
-    params, opt_state = jax.tree.map(
-        lambda new, kept: jnp.where(finite, new, kept), proposed, (state.params, state.opt_state)
-    )
-    new_state = TrainState(params, opt_state, state.updates + finite, state.skipped + ~finite)
+    moved = apply_gradients(state, grads, optimizer)
+    new_state = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), moved, state)
+    new_state = new_state._replace(updates=state.updates + finite, skipped=state.skipped + ~finite)
     metrics |= sums | {
         "objective/loss": loss,
         "objective/grad_norm": grad_norm,

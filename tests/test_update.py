@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -29,9 +30,12 @@ from dynamo_jax.kernels import token_stats
 from dynamo_jax.objective.terms import token_advantages
 from dynamo_jax.policy import Decoder, abstract_policy
 from dynamo_jax.policy.build import decoder_config
+from dynamo_jax.run.checkpoint import Checkpointer
 from dynamo_jax.sharding import make_mesh
 from dynamo_jax.update import (
     Programs,
+    TrainState,
+    apply_gradients,
     completion_mask,
     completion_stats,
     init_state,
@@ -41,6 +45,7 @@ from dynamo_jax.update import (
     micro_batches,
     update_policy,
     whole,
+    with_masters,
 )
 
 M, L, C, V = 8, 4, 6, 16
@@ -236,14 +241,18 @@ def programs(config: Config) -> Programs:
 
 
 def copies(state: Any) -> Any:
-    return jax.tree.map(lambda x: np.array(x), (state.params, state.opt_state))
+    return jax.tree.map(lambda x: np.array(x), state._replace(updates=None, skipped=None))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_update_that_is_not_finite_changes_nothing_but_its_count(value: float) -> None:
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, "float32"), (math.inf, "bfloat16")])
+def test_update_that_is_not_finite_changes_nothing_but_its_count(value: float, dtype: str) -> None:
     """The state is donated, so that the program itself must hand the old values on."""
-    p = programs(replaced(trainer={"mini_batch": M, "micro_batch": 4}, optimizer={"warmup_steps": 10}))
-    state = p.init(jax.tree.map(jnp.copy, params()))
+    config = replaced(
+        trainer={"mini_batch": M, "micro_batch": 4}, optimizer={"warmup_steps": 10, "learning_rate": 0.1},
+        policy={"param_dtype": dtype},
+    )  # fmt: skip
+    p = programs(config)
+    state = p.init(jax.tree.map(jnp.copy, params(config)))
     state, _ = p.update(state, batch(), old_stats(), now_stats())  # moments that could be lost
     before = copies(state)
     bad = batch()._replace(advantage_M=np.where(np.arange(M) == 3, value, batch().advantage_M).astype(np.float32))
@@ -255,28 +264,80 @@ def test_update_that_is_not_finite_changes_nothing_but_its_count(value: float) -
     state, metrics = p.update(state, batch(), old_stats(), now_stats())
     assert (int(state.updates), int(state.skipped)) == (2, 1)
     assert np.isfinite(metrics["objective/loss"])
-    assert float(metrics["objective/learning_rate"]) == pytest.approx(2 / 10 * 5e-4)  # a skipped update takes no turn
+    assert float(metrics["objective/learning_rate"]) == pytest.approx(2 / 10 * 0.1)  # a skipped update takes no turn
     changed = [np.any(a != b) for a, b in zip(jax.tree.leaves(copies(state)), jax.tree.leaves(before), strict=True)]
     assert all(changed)
     assert p.traces["update"] == 1
 
 
-def test_bfloat16_parameters_keep_their_dtype_and_have_float32_moments() -> None:
+def test_bfloat16_parameters_keep_their_dtype_and_have_float32_moments_and_masters() -> None:
     config = replaced(policy={"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}, optimizer={"learning_rate": 0.1})
     p = programs(config)
     before = jax.tree.map(lambda x: np.asarray(x, np.float32), params(config))
     state = p.init(params(config))
     for _ in range(2):
+        donated = state
         state, metrics = p.update(state, batch(), old_stats(), now_stats())
+        assert all(x.is_deleted() for x in jax.tree.leaves(donated))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
-    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-    assert {x.dtype for x in moments} == {jnp.dtype("float32")}
-    # A moment that went through bfloat16 on the way would have its last 16 bits empty.
-    assert all(np.any(np.asarray(x).view(np.uint32) & 0xFFFF) for x in moments)
+    precise = [x for x in jax.tree.leaves((state.opt_state, state.masters)) if x.ndim]
+    assert {x.dtype for x in precise} == {jnp.dtype("float32")}
+    # A number that went through bfloat16 on the way would have its last 16 bits empty.
+    assert all(np.any(np.asarray(x).view(np.uint32) & 0xFFFF) for x in precise)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.masters)
+    jax.tree.map(np.testing.assert_array_equal, state.params, rounded)
     assert p.traces["update"] == 1
     assert metrics["objective/loss"].dtype == jnp.float32
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a, np.float32) - b).max(), state.params, before)
     assert min(jax.tree.leaves(moved)) > 0.05
+
+
+def test_small_steps_of_a_bfloat16_policy_add_up() -> None:
+    """A hundred steps of 1e-6, each less than half the last digit of most parameters, move it as they do in float32."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6))
+    rng = np.random.default_rng(0)
+    start = {"q": jnp.asarray(rng.normal(0, 0.025, 10_000), jnp.bfloat16)}
+    grads = {"q": jnp.asarray(rng.choice([-0.01, 0.01], 10_000), jnp.float32)}
+
+    @jax.jit
+    def after_100(state: Any) -> Any:
+        return jax.lax.fori_loop(0, 100, lambda _, s: apply_gradients(s, grads, optimizer), state)
+
+    exact = after_100(init_state(jax.tree.map(lambda x: x.astype(jnp.float32), start), optimizer))
+    assert type(exact) is TrainState
+    half = after_100(init_state(start, optimizer))
+    np.testing.assert_array_equal(half.masters["q"], exact.params["q"])
+    np.testing.assert_array_equal(half.params["q"], exact.params["q"].astype(jnp.bfloat16))
+    moved = (np.asarray(half.params["q"], np.float32) - np.asarray(start["q"], np.float32)) * -np.sign(grads["q"])
+    assert np.mean(moved > 0) > 0.7
+    assert moved.mean() == pytest.approx(1e-4, rel=0.15)
+
+
+def test_bfloat16_parameters_without_masters_are_refused_or_given_some() -> None:
+    """A run that was saved without goes on from its rounded parameters."""
+    optimizer = optax.sgd(1.0)
+    start = {"q": jnp.ones(3, jnp.bfloat16)}
+    state = init_state(start, optimizer)
+    bare = TrainState(*state[:4])
+    with pytest.raises(ValueError, match=r"bfloat16 and the state has no float32 masters.*with_masters\(state\)"):
+        apply_gradients(bare, start, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, with_masters(bare), state)
+
+
+def test_masters_lie_as_their_parameters_do_and_are_in_the_checkpoint(tmp_path: Path) -> None:
+    config, mesh = replaced(policy={"param_dtype": "bfloat16"}), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    p = Programs(*abstract_policy(decoder_config(config, V, mesh)), config, mesh)
+    abstract = p.abstract_state
+    of_masters, of_params = (jax.tree.map(lambda x: x.sharding, x) for x in (abstract.masters, abstract.params))
+    assert of_masters == of_params
+    assert len(set(jax.tree.leaves(of_masters))) > 1
+    state = p.init(params(config))
+    state = state._replace(masters=jax.tree.map(lambda x: x + 1e-4, state.masters))
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(1, abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored.masters) == of_masters
 
 
 def sizes(jaxpr: Any) -> list[int]:

@@ -93,7 +93,7 @@ class PolicyConfig:
 
     load: str | None = None
     architecture: ArchitectureConfig | None = None
-    param_dtype: choices.DType = "float32"
+    param_dtype: choices.DType = "float32"  # bfloat16: the rounding of a float32 copy that the optimizer keeps
     compute_dtype: choices.DType = "float32"
     remat: bool = False  # recompute each layer's activations in the backward pass
 
