@@ -244,11 +244,17 @@ def test_methods_that_cannot_run_are_refused(tmp_path, override, key):
         (["objective.overlong={enabled: true, buffer: 2}", "objective.advantage=w_reinforce"], "no graded reward"),
         (["rollout.dynamic_sampling.enabled=true", "allocation.rule=reinforce_ada"], "rounds of its own"),
         (["objective.ratio=sequence", "modulation.entropy_change=sequence_mean"], "ratios of tokens"),
+        (["objective.kl_cov.enabled=true"], r"one update .*Set trainer.mini_batch to a part of the 512 rollouts"),
+        (["objective.kl_cov.enabled=true", "trainer.mini_batch=512"], "one update"),
     ],
 )
 def test_methods_that_do_not_go_together_are_refused(tmp_path, overrides, word):
     with pytest.raises(ConfigError, match=word):
         load(tmp_path, MINIMAL, *overrides)
+
+
+def test_kl_cov_with_several_updates_a_step_is_accepted(tmp_path):
+    assert load(tmp_path, MINIMAL, "objective.kl_cov.enabled=true", "trainer.mini_batch=256").objective.kl_cov.enabled
 
 
 def test_micro_batch_is_free_on_resume_unless_modulation_depends_on_it(tmp_path):

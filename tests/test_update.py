@@ -107,12 +107,17 @@ def now_stats() -> TokenStats:
     return jax.jit(lambda p: completion_stats(nnx.merge(graph_of(CONFIG), p), batch(), 0.7))(params())
 
 
-def updated(config: Config, optimizer: optax.GradientTransformation | None = None) -> tuple[Any, dict[str, float]]:
-    """One update of `params()`. Plain gradient descent at rate 1 by default: the change is the gradient."""
-    optimizer = optimizer or optax.sgd(1.0)
+def updated(config: Config, rows: slice = slice(None), empty: int = 0) -> tuple[Any, dict[str, float]]:
+    """One update of `params()` by plain gradient descent at rate 1, so that the change is the gradient.
+
+    Of these rows of the batch, with as many empty ones behind them.
+    """
+    optimizer = optax.sgd(1.0)
     run = partial(update_policy, graph_of(config), optimizer=optimizer, config=config)
     program = jax.jit(run, compiler_options=FAST_COMPILE)
-    state, metrics = program(init_state(params(), optimizer), batch(), old_stats(), now_stats())
+    arrays = jax.tree.map(lambda x: np.asarray(x)[rows], (batch(), old_stats(), now_stats()))
+    arrays = jax.tree.map(lambda x: np.concatenate([x, x[:1].repeat(empty, 0) * 0]), arrays)
+    state, metrics = program(init_state(params(), optimizer), *arrays)
     return state.params, {name: float(value) for name, value in metrics.items()}
 
 
@@ -142,6 +147,16 @@ def test_micro_batches_add_up_to_the_whole(aggregation: str) -> None:
     quarter = replaced(objective={"aggregation": aggregation}, trainer={"micro_batch": M // 4, "mini_batch": M})
     found, found_metrics = updated(quarter)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+    assert found_metrics == pytest.approx(metrics, abs=1e-5)
+
+
+def test_rows_without_a_rollout_change_nothing() -> None:
+    """What dynamic sampling leaves empty, here three quarters of the mini-batch: the same update as without it."""
+    config = replaced(objective={"aggregation": "seq-mean-token-mean"})
+    expected, metrics = updated(replaced(config, trainer={"mini_batch": 2, "micro_batch": 2}), slice(2, 4))
+    assert metrics["objective/grad_norm"] > 1e-3
+    found, found_metrics = updated(replaced(config, trainer={"mini_batch": 8, "micro_batch": 4}), slice(2, 4), empty=6)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, expected)
     assert found_metrics == pytest.approx(metrics, abs=1e-5)
 
 
