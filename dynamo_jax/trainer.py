@@ -55,7 +55,7 @@ from dynamo_jax.run.storage import TemporaryFailure, patiently
 from dynamo_jax.run.writer import RunWriter
 from dynamo_jax.run.xla_cache import XlaCache
 from dynamo_jax.sharding import agreed, make_mesh, of_process_0, sharding, start_devices, to_host, to_mesh, total
-from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
+from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics, update_metrics
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
@@ -177,7 +177,7 @@ class Trainer:
         skipped = self._count_skipped(step, updates)
         self._samples = sample_lines(step, pool, c.logging.rollouts_per_step, self.task.tokenizer)
         return {
-            **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
+            **update_metrics(updates),
             **allocation_metrics(counts_P, success_P),
             **rollout_metrics(pool, self._seconds["sample"]),
             **round_metrics(c, rounds, pool, rows_B),

@@ -1,4 +1,4 @@
-"""TrainState, and the two jitted programs of the policy update: `score` and `update`.
+"""The training state, and the two jitted programs of the policy update: `score` and `update`.
 
 Both work on one mini-batch of M rollouts, a micro-batch at a time. Whatever is a mean, a maximum or a count is taken
 over the whole mini-batch, so the micro-batch size and the mesh change the time and nothing else.
