@@ -206,7 +206,7 @@ def jobs(
     batch, old = mini_batch(config.mini_batch)
     # All mini-batches of a step and their scores wait on the devices for their updates.
     waiting = mini_batch(B - config.mini_batch)
-    moments = (state.opt_state, stats)
+    moments = (state._replace(params=None), stats)  # and masters, if it has any
 
     found = [Job("allocate", allocation.allocate_program, (stats, index_P, step, features), state)]
     for name, s in {"sample": sampler, "sample (eval)": eval_sampler}.items():

@@ -1,6 +1,9 @@
-"""What a step tells about its allocation and its rollouts, from host arrays. Names as in `metrics.jsonl`."""
+"""What a step tells about its allocation, rollouts and updates, from host arrays. Names as in `metrics.jsonl`."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,4 +46,13 @@ def rollout_metrics(pool: Pool, seconds: float) -> dict[str, float]:
         "rollout/length_max": int(rollouts.length_B.max()),
         "rollout/truncated_fraction": float(1 - np.asarray(rollouts.ended_B).mean()),
         "rollout/tokens_per_second": float(rollouts.length_B.sum() / seconds),
+    }
+
+
+def update_metrics(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """A step's metrics from those of its updates: extremes of what ends in `_max` or `_min`, means of all else."""
+    combine = {"max": np.max, "min": np.min}
+    return {
+        name: float(combine.get(name.rpartition("_")[2], np.mean)([update[name] for update in updates]))
+        for name in updates[0]
     }

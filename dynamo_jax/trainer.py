@@ -55,11 +55,11 @@ from dynamo_jax.run.stopping import Ending, Interrupted, Stopping
 from dynamo_jax.run.storage import TemporaryFailure, patiently
 from dynamo_jax.run.xla_cache import XlaCache
 from dynamo_jax.sharding import agreed, make_mesh, of_process_0, sharding, start_devices, to_host, to_mesh, total
-from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
+from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics, update_metrics
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
-from dynamo_jax.update import Programs, TrainState
+from dynamo_jax.update import Programs, State
 from dynamo_jax.warmup import warm_up
 
 log = logging.getLogger("dynamo_jax")
@@ -103,7 +103,7 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
 class Trainer:
     """All that lives as long as the run. `state`, `history` and `data` are what it goes on from (`run/contents.py`)."""
 
-    state: TrainState
+    state: State
     history: AllocationState  # what is known of the prompts
     folder: RunFolder | None = None  # process 0's
     keeper: Keeper
@@ -180,7 +180,7 @@ class Trainer:
         skipped = self._count_skipped(step, updates)
         self._samples = sample_lines(step, pool, c.logging.rollouts_per_step, self.task.tokenizer)
         return {
-            **{name: float(np.mean([update[name] for update in updates])) for name in updates[0]},
+            **update_metrics(updates),
             **allocation_metrics(counts_P, success_P),
             **rollout_metrics(pool, self._seconds["sample"]),
             **round_metrics(c, rounds, pool, rows_B),

@@ -1,4 +1,4 @@
-"""TrainState, and the two jitted programs of the policy update: `score` and `update`.
+"""The training state, and the two jitted programs of the policy update: `score` and `update`.
 
 Both work on one mini-batch of M rollouts, a micro-batch at a time. Whatever is a mean, a maximum or a count is taken
 over the whole mini-batch, so the micro-batch size and the mesh change the time and nothing else.
@@ -18,14 +18,14 @@ from jax.sharding import Mesh
 from dynamo_jax.batch import TokenStats, TrainBatch, micro_batches, whole
 from dynamo_jax.config import Config, OptimizerConfig
 from dynamo_jax.kernels import token_stats
-from dynamo_jax.objective import normalizer, policy_loss
-from dynamo_jax.objective.terms import Metrics, TokenTerms, token_terms
+from dynamo_jax.objective import denominators, policy_loss
+from dynamo_jax.objective.terms import Metrics, clip_of, token_terms
 from dynamo_jax.policy.model import Decoder, param_shardings
 from dynamo_jax.sharding import sharding
 
 
 class TrainState(NamedTuple):
-    """What an update changes. Donated to it, and checkpointed."""
+    """What an update changes. Donated to it, and checkpointed. Its parameters are float32."""
 
     params: Any
     opt_state: Any
@@ -33,16 +33,46 @@ class TrainState(NamedTuple):
     skipped: jax.Array  # int32, not applied because the loss or the gradient was not finite
 
 
+class MasterState(NamedTuple):
+    """The state of a policy in bfloat16. The optimizer moves the masters, and the parameters are their rounding.
+
+    A step of 1e-6 is a fraction of a bfloat16 number's last digit: added to it, nearly every one would be lost.
+    """
+
+    params: Any
+    opt_state: Any
+    updates: jax.Array
+    skipped: jax.Array
+    masters: Any  # float32, else like the parameters
+
+
+State = TrainState | MasterState
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW, the rate warmed up linearly over `warmup_steps` updates."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
+    """Gradient clipping by global norm, then AdamW, the rate warmed up linearly over `warmup_steps` updates.
+
+    Matrices and embeddings decay. Norms and biases do not: a norm is at home at 1, not at 0.
+    """
+    adamw = optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        _decay_matrices(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate_schedule(config)),
     )
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def _decay_matrices(rate: float) -> optax.GradientTransformation:
+    """Adds rate * p to the change of each parameter p that decays. (`optax.masked` would change the state's tree.)"""
+
+    def decays(path: tuple[Any, ...]) -> bool:
+        # By name: a stacked norm has two dimensions, as a matrix has.
+        return not any(str(getattr(key, "key", "")).endswith(("norm", "_bias")) for key in path)
+
+    def add(changes: Any, params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, u, p: u + rate * p if decays(path) else u, changes, params)
+
+    return optax.stateless(add)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -51,18 +81,50 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     return lambda count: peak * jnp.minimum(1.0, (count + 1) / max(steps, 1))
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Zero counts and moments.
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> State:
+    """Zero counts and moments, and float32 masters of bfloat16 parameters.
 
-    Moments are float32 even for bfloat16 parameters: with beta2 = 0.999 a bfloat16 second moment cannot move.
+    Moments are float32 in any case: with beta2 = 0.999 a bfloat16 second moment cannot move.
     """
     zero = jnp.zeros((), jnp.int32)
-    float32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    return TrainState(params, optimizer.init(float32), zero, zero)
+    state = TrainState(params, optimizer.init(_float32(params)), zero, zero)
+    return with_masters(state) if _is_rounded(params) else state
 
 
-def abstract_state(abstract_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as `ShapeDtypeStruct`s, each moment sharded as its parameter is. Allocates nothing."""
+def with_masters(state: TrainState) -> MasterState:
+    """The state of bfloat16 parameters that were saved without masters: these start from what was rounded."""
+    return MasterState(*state, masters=_float32(state.params))
+
+
+def apply_gradients(state: State, grads: Any, optimizer: optax.GradientTransformation) -> State:
+    """The state with its parameters and the optimizer one step on, in float32. The counts stay.
+
+    Raises ValueError for bfloat16 parameters without masters.
+    """
+    if isinstance(state, TrainState) and _is_rounded(state.params):
+        raise ValueError(
+            "update: the parameters are bfloat16 and the state has no float32 masters, without which small steps are "
+            "lost. Make the state with init_state, or add them to one that was saved without: with_masters(state)."
+        )
+    weights = state.masters if isinstance(state, MasterState) else state.params
+    changes, opt_state = optimizer.update(_float32(grads), state.opt_state, weights)
+    weights = optax.apply_updates(weights, changes)
+    if isinstance(state, MasterState):
+        params = jax.tree.map(lambda x, old: x.astype(old.dtype), weights, state.params)
+        return state._replace(params=params, opt_state=opt_state, masters=weights)
+    return state._replace(params=weights, opt_state=opt_state)
+
+
+def _is_rounded(params: Any) -> bool:
+    return any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(params))
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def abstract_state(abstract_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """The state as `ShapeDtypeStruct`s, each moment and master sharded as its parameter is. Allocates nothing."""
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
@@ -121,21 +183,19 @@ class Programs:
             stats = score_rollouts(nnx.merge(graph, params), batch, config)
             return stats, logp_drift(batch, stats.logp)
 
-        def update(
-            state: TrainState, batch: TrainBatch, old: TokenStats, now: TokenStats
-        ) -> tuple[TrainState, Metrics]:
+        def update(state: State, batch: TrainBatch, old: TokenStats, now: TokenStats) -> tuple[State, Metrics]:
             self.traces["update"] += 1
             return update_policy(graph, state, batch, old, now, self.optimizer, config)
 
         # Shardings are pinned: if the compiler chose them, a step's output would not match the next step's input.
         in_state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        self.init: Callable[[Any], TrainState] = jax.jit(
+        self.init: Callable[[Any], State] = jax.jit(
             lambda params: init_state(params, self.optimizer), out_shardings=in_state
         )
         self.score: Callable[[Any, TrainBatch], tuple[TokenStats, jax.Array]] = jax.jit(
             score, out_shardings=(rows, sharding(mesh))
         )
-        self.update: Callable[..., tuple[TrainState, Metrics]] = jax.jit(
+        self.update: Callable[..., tuple[State, Metrics]] = jax.jit(
             update, donate_argnums=0, out_shardings=(in_state, sharding(mesh))
         )
 
@@ -148,13 +208,13 @@ def score_rollouts(model: Decoder, batch: TrainBatch, config: Config) -> TokenSt
 
 def update_policy(
     graph: nnx.GraphDef[Decoder],
-    state: TrainState,
+    state: State,
     batch: TrainBatch,
     old: TokenStats,
     now: TokenStats,
     optimizer: optax.GradientTransformation,
     config: Config,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[State, Metrics]:
     """One optimizer update on one mini-batch.
 
     Args:
@@ -165,42 +225,35 @@ def update_policy(
     """
     c = config.objective
     mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
-    terms, metrics = token_terms(batch.advantage_M, batch.random_M, old, now, mask_MC, config)
-    norm = normalizer(mask_MC, c.aggregation)
+    advantage_MC, terms, metrics = token_terms(batch, old, now, mask_MC, config)
+    whole_batch = denominators(mask_MC, c.aggregation)
 
-    def loss_fn(params: Any, micro: tuple[TrainBatch, jax.Array, TokenTerms, jax.Array]) -> tuple[jax.Array, Metrics]:
-        rows, old_logp, token, mask = micro
+    def loss_fn(params: Any, micro: Any) -> tuple[jax.Array, Metrics]:
+        rows, old_logp, advantages, mask, terms = micro
         stats = completion_stats(nnx.merge(graph, params), rows, config.rollout.temperature)
+        if c.entropy_coefficient:
+            terms = terms._replace(bonus=c.entropy_coefficient * stats.entropy)
         return policy_loss(
             stats.logp,
             old_logp,
-            token.advantage_MC,
+            advantages,
             mask,
-            clip_low=c.clip_low,
-            clip_high=c.clip_high,
-            clip_ratio_c=c.clip_ratio_c,
+            clip_of(c),
             aggregation=c.aggregation,
-            normalizer=norm,
+            denominators=whole_batch,
             ratio=c.ratio,
-            keep=token.keep_MC,
-            weight=rows.weight_M[:, None],
-            kl_coef=token.kl_MC,
-            entropy=stats.entropy,
-            entropy_coef=c.entropy_coefficient,
+            terms=terms,
         )
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    micro = micro_batches((batch, old.logp, terms, mask_MC), config.micro_batch)
+    micro = micro_batches((batch, old.logp, advantage_MC, mask_MC, terms), config.micro_batch)
     (loss, sums), grads = _sum_over_micro_batches(lambda m: gradient(state.params, m), micro)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    proposed = (optax.apply_updates(state.params, changes), opt_state)
-    params, opt_state = jax.tree.map(
-        lambda new, kept: jnp.where(finite, new, kept), proposed, (state.params, state.opt_state)
-    )
-    new_state = TrainState(params, opt_state, state.updates + finite, state.skipped + ~finite)
+    moved = apply_gradients(state, grads, optimizer)
+    new_state = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), moved, state)
+    new_state = new_state._replace(updates=state.updates + finite, skipped=state.skipped + ~finite)
     metrics |= sums | {
         "objective/loss": loss,
         "objective/grad_norm": grad_norm,

@@ -19,7 +19,7 @@ from dynamo_jax.batch import TrainBatch
 from dynamo_jax.config import Config
 from dynamo_jax.policy.model import DecoderConfig, abstract_policy, init_policy
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, worked_solutions
-from dynamo_jax.update import completion_mask, completion_stats
+from dynamo_jax.update import State, apply_gradients, completion_mask, completion_stats, init_state
 
 
 def warm_up(
@@ -36,26 +36,24 @@ def warm_up(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     @jax.jit
-    def step(params: Any, opt_state: Any, batch: TrainBatch) -> tuple[Any, Any]:
+    def step(state: State, batch: TrainBatch) -> State:
         def loss_fn(params: Any) -> jax.Array:
             mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
             stats = completion_stats(nnx.merge(graph, params), batch, temperature=1.0)
             return -jnp.sum(stats.logp * mask_MC) / jnp.sum(mask_MC)
 
-        changes, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state, params)
-        return optax.apply_updates(params, changes), opt_state
+        return apply_gradients(state, jax.grad(loss_fn)(state.params), optimizer)
 
     with jax.default_device(jax.local_devices()[0]):
-        params = init_policy(policy, key)
-        opt_state = optimizer.init(params)
+        state = init_state(init_policy(policy, key), optimizer)
         batches = worked_solutions(
             config.seed, w.batch, config.task.arithmetic.max_operations, w.multiplication_rate, heldout
         )
         for done, pairs in zip(range(1, w.steps + 1), batches, strict=False):
             batch = _supervised_batch(pairs, tokenizer, config.task.max_prompt_tokens, config.rollout.max_tokens)
-            params, opt_state = step(params, opt_state, batch)
+            state = step(state, batch)
             each_step(done)
-        return jax.device_get(params)
+        return jax.device_get(state.params)
 
 
 def _supervised_batch(pairs: list[tuple[str, str]], tokenizer: ArithmeticTokenizer, L: int, C: int) -> TrainBatch:

@@ -1,14 +1,16 @@
 """The config tree: strict reading, overrides, round trips, what a resume may change."""
 
+import ast
 import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from dynamo_jax.config import Config, ConfigError, differences, dump_config, load_config, resolved
+from dynamo_jax.config import Config, ConfigError, choices, differences, dump_config, load_config, resolved
 from dynamo_jax.config.load import FREE_ON_RESUME
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -35,6 +37,20 @@ def test_recipes_load_and_say_how_they_are_run(path):
 
 def test_there_are_recipes():
     assert {"arithmetic_cpu", "gsm8k_tiny_cpu"} <= {path.stem for path in RECIPES}
+
+
+def test_choices_are_written_once():
+    """No other file lists the words of a setting, as a tuple, a list, a set or another `Literal`."""
+    words = {frozenset(get_args(value)): name for name, value in vars(choices).items() if get_args(value)}
+    assert frozenset({"token", "sequence"}) in words
+    package = Path(choices.__file__).parents[1]
+    again = []
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if path != Path(choices.__file__) and isinstance(node, ast.Tuple | ast.List | ast.Set):
+                listed = frozenset(e.value for e in node.elts if isinstance(e, ast.Constant))
+                again += [f"{path.name}:{node.lineno} is {words[listed]}"] if listed in words else []
+    assert not again
 
 
 def test_import_and_load_need_neither_jax_nor_numpy():
@@ -228,11 +244,17 @@ def test_methods_that_cannot_run_are_refused(tmp_path, override, key):
         (["objective.overlong={enabled: true, buffer: 2}", "objective.advantage=w_reinforce"], "no graded reward"),
         (["rollout.dynamic_sampling.enabled=true", "allocation.rule=reinforce_ada"], "rounds of its own"),
         (["objective.ratio=sequence", "modulation.entropy_change=sequence_mean"], "ratios of tokens"),
+        (["objective.kl_cov.enabled=true"], r"one update .*Set trainer.mini_batch to a part of the 512 rollouts"),
+        (["objective.kl_cov.enabled=true", "trainer.mini_batch=512"], "one update"),
     ],
 )
 def test_methods_that_do_not_go_together_are_refused(tmp_path, overrides, word):
     with pytest.raises(ConfigError, match=word):
         load(tmp_path, MINIMAL, *overrides)
+
+
+def test_kl_cov_with_several_updates_a_step_is_accepted(tmp_path):
+    assert load(tmp_path, MINIMAL, "objective.kl_cov.enabled=true", "trainer.mini_batch=256").objective.kl_cov.enabled
 
 
 def test_micro_batch_is_free_on_resume_unless_modulation_depends_on_it(tmp_path):

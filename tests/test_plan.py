@@ -72,6 +72,17 @@ def test_memory_of_a_device_is_reported(tmp_path):
     assert score.verdict(hbm=None) == score.verdict(hbm=GIB) == "fits"
 
 
+def test_masters_of_a_bfloat16_policy_stay_on_the_device_while_it_samples_and_scores(tmp_path):
+    config = small_config(tmp_path, "policy.param_dtype=bfloat16")
+    found = {job.name: job for job in run_jobs(config, make_mesh(config.mesh))}
+    state = found["update"].arguments[0]
+    assert {x.dtype.name for x in jax.tree.leaves(state.masters)} == {"float32"}
+    for name in ("sample", "score"):
+        kept = {id(x) for x in jax.tree.leaves(found[name].resident)}
+        assert all(id(x) in kept for x in jax.tree.leaves((state.masters, state.opt_state)))
+        assert not any(id(x) in kept for x in jax.tree.leaves(state.params))
+
+
 @pytest.mark.parametrize("load", [False, True])
 def test_a_known_vocabulary_needs_no_tokenizer_weights_or_data(tmp_path, load):
     sizes = {"hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "vocab_size": 96}

@@ -1,4 +1,4 @@
-"""What a step tells about its allocation and its rollouts, by hand."""
+"""What a step tells about its allocation, rollouts and updates, by hand."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts
-from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
+from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics, update_metrics
 
 
 def test_allocation_by_hand() -> None:
@@ -57,3 +57,10 @@ def test_rollouts_by_hand() -> None:
         "rollout/truncated_fraction": pytest.approx(1 / 7),
         "rollout/tokens_per_second": pytest.approx(34.0),
     }
+
+
+def test_extremes_of_updates_stay_extremes() -> None:
+    names = ("modulation/comp_max", "modulation/stab_min", "modulation/comp_mean", "objective/maximum")
+    updates = [(1.5, 0.75, 1.0, 3.0), (1.25, 0.5, 1.5, 1.0), (1.0, 1.0, 1.25, 2.0)]
+    step = update_metrics([dict(zip(names, update, strict=True)) for update in updates])
+    assert step == dict(zip(names, (1.5, 0.5, 1.25, 2.0), strict=True))

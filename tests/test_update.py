@@ -3,7 +3,8 @@
 import dataclasses
 import math
 from functools import cache, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,17 @@ from dynamo_jax.config import (
     PolicyConfig,
     RolloutConfig,
 )
+from dynamo_jax.config.choices import Aggregation
 from dynamo_jax.kernels import token_stats
-from dynamo_jax.objective.policy_loss import AGGREGATIONS
 from dynamo_jax.objective.terms import token_advantages
 from dynamo_jax.policy import Decoder, abstract_policy
 from dynamo_jax.policy.build import decoder_config
+from dynamo_jax.run.checkpoint import Checkpointer
 from dynamo_jax.sharding import make_mesh, sharding
 from dynamo_jax.update import (
     Programs,
+    TrainState,
+    apply_gradients,
     completion_mask,
     completion_stats,
     init_state,
@@ -41,6 +45,7 @@ from dynamo_jax.update import (
     micro_batches,
     update_policy,
     whole,
+    with_masters,
 )
 
 M, L, C, V = 8, 4, 6, 16
@@ -102,12 +107,17 @@ def now_stats() -> TokenStats:
     return jax.jit(lambda p: completion_stats(nnx.merge(graph_of(CONFIG), p), batch(), 0.7))(params())
 
 
-def updated(config: Config, optimizer: optax.GradientTransformation | None = None) -> tuple[Any, dict[str, float]]:
-    """One update of `params()`. Plain gradient descent at rate 1 by default: the change is the gradient."""
-    optimizer = optimizer or optax.sgd(1.0)
+def updated(config: Config, rows: slice = slice(None), empty: int = 0) -> tuple[Any, dict[str, float]]:
+    """One update of `params()` by plain gradient descent at rate 1, so that the change is the gradient.
+
+    Of these rows of the batch, with as many empty ones behind them.
+    """
+    optimizer = optax.sgd(1.0)
     run = partial(update_policy, graph_of(config), optimizer=optimizer, config=config)
     program = jax.jit(run, compiler_options=FAST_COMPILE)
-    state, metrics = program(init_state(params(), optimizer), batch(), old_stats(), now_stats())
+    arrays = jax.tree.map(lambda x: np.asarray(x)[rows], (batch(), old_stats(), now_stats()))
+    arrays = jax.tree.map(lambda x: np.concatenate([x, x[:1].repeat(empty, 0) * 0]), arrays)
+    state, metrics = program(init_state(params(), optimizer), *arrays)
     return state.params, {name: float(value) for name, value in metrics.items()}
 
 
@@ -126,7 +136,7 @@ def test_statistics_are_those_of_each_row_alone_without_padding() -> None:
             np.testing.assert_allclose(found[m, :length], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_micro_batches_add_up_to_the_whole(aggregation: str) -> None:
     """Modulation on, so its extremes are the mini-batch's; rows of one token and of all."""
     expected, metrics = updated(replaced(objective={"aggregation": aggregation}))
@@ -137,6 +147,16 @@ def test_micro_batches_add_up_to_the_whole(aggregation: str) -> None:
     quarter = replaced(objective={"aggregation": aggregation}, trainer={"micro_batch": M // 4, "mini_batch": M})
     found, found_metrics = updated(quarter)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+    assert found_metrics == pytest.approx(metrics, abs=1e-5)
+
+
+def test_rows_without_a_rollout_change_nothing() -> None:
+    """What dynamic sampling leaves empty, here three quarters of the mini-batch: the same update as without it."""
+    config = replaced(objective={"aggregation": "seq-mean-token-mean"})
+    expected, metrics = updated(replaced(config, trainer={"mini_batch": 2, "micro_batch": 2}), slice(2, 4))
+    assert metrics["objective/grad_norm"] > 1e-3
+    found, found_metrics = updated(replaced(config, trainer={"mini_batch": 8, "micro_batch": 4}), slice(2, 4), empty=6)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, expected)
     assert found_metrics == pytest.approx(metrics, abs=1e-5)
 
 
@@ -202,17 +222,31 @@ def test_clipped_adamw_by_hand() -> None:
         learning_rate=0.1, warmup_steps=2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5, max_grad_norm=2.0
     )
     optimizer = make_optimizer(config)
-    w = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
+    w = {"embedding": jnp.array([1.0, -2.0]), "lm_head": jnp.array(3.0)}
     state = optimizer.init(w)
     p, mean, square = np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
     for t, (g, scale) in enumerate(((np.array([6.0, 0.0, 8.0]), 0.2), (np.array([0.3, 1.0, -0.5]), 1.0)), 1):
-        changes, state = optimizer.update({"a": jnp.array(g[:2]), "b": jnp.array(g[2])}, state, w)
+        changes, state = optimizer.update({"embedding": jnp.array(g[:2]), "lm_head": jnp.array(g[2])}, state, w)
         w = optax.apply_updates(w, changes)
         g = g * scale
         mean, square = 0.8 * mean + 0.2 * g, 0.9 * square + 0.1 * g**2
         step = mean / (1 - 0.8**t) / (np.sqrt(square / (1 - 0.9**t)) + 1e-3) + 0.5 * p
         p = p - (0.05 if t == 1 else 0.1) * step
-        np.testing.assert_allclose([*w["a"], w["b"]], p, rtol=1e-5)
+        np.testing.assert_allclose([*w["embedding"], w["lm_head"]], p, rtol=1e-5)
+
+
+def test_matrices_decay_and_norms_and_biases_do_not() -> None:
+    """Without a gradient, a parameter moves by its decay alone. A norm is stacked over the layers, as a matrix is."""
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(config)
+    state = optimizer.init(params())
+    changes, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params()), state, params())
+    moved = {path[-2].key for path, x in jax.tree_util.tree_flatten_with_path(changes)[0] if np.any(x)}
+    assert moved == {"embedding", "lm_head", "q", "k", "v", "o", "gate", "up", "down"}
+    np.testing.assert_allclose(changes["lm_head"].get_value(), -0.05 * params()["lm_head"].get_value(), rtol=1e-6)
+    # The state of a plain AdamW: a run that was saved with one goes on.
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate_schedule(config)))
+    assert jax.tree.structure(state) == jax.tree.structure(plain.init(params()))
 
 
 def programs(config: Config) -> Programs:
@@ -222,14 +256,18 @@ def programs(config: Config) -> Programs:
 
 
 def copies(state: Any) -> Any:
-    return jax.tree.map(lambda x: np.array(x), (state.params, state.opt_state))
+    return jax.tree.map(lambda x: np.array(x), state._replace(updates=None, skipped=None))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_update_that_is_not_finite_changes_nothing_but_its_count(value: float) -> None:
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, "float32"), (math.inf, "bfloat16")])
+def test_update_that_is_not_finite_changes_nothing_but_its_count(value: float, dtype: str) -> None:
     """The state is donated, so that the program itself must hand the old values on."""
-    p = programs(replaced(trainer={"mini_batch": M, "micro_batch": 4}, optimizer={"warmup_steps": 10}))
-    state = p.init(jax.tree.map(jnp.copy, params()))
+    config = replaced(
+        trainer={"mini_batch": M, "micro_batch": 4}, optimizer={"warmup_steps": 10, "learning_rate": 0.1},
+        policy={"param_dtype": dtype},
+    )  # fmt: skip
+    p = programs(config)
+    state = p.init(jax.tree.map(jnp.copy, params(config)))
     state, _ = p.update(state, batch(), old_stats(), now_stats())  # moments that could be lost
     before = copies(state)
     bad = batch()._replace(advantage_M=np.where(np.arange(M) == 3, value, batch().advantage_M).astype(np.float32))
@@ -241,28 +279,80 @@ def test_update_that_is_not_finite_changes_nothing_but_its_count(value: float) -
     state, metrics = p.update(state, batch(), old_stats(), now_stats())
     assert (int(state.updates), int(state.skipped)) == (2, 1)
     assert np.isfinite(metrics["objective/loss"])
-    assert float(metrics["objective/learning_rate"]) == pytest.approx(2 / 10 * 5e-4)  # a skipped update takes no turn
+    assert float(metrics["objective/learning_rate"]) == pytest.approx(2 / 10 * 0.1)  # a skipped update takes no turn
     changed = [np.any(a != b) for a, b in zip(jax.tree.leaves(copies(state)), jax.tree.leaves(before), strict=True)]
     assert all(changed)
     assert p.traces["update"] == 1
 
 
-def test_bfloat16_parameters_keep_their_dtype_and_have_float32_moments() -> None:
+def test_bfloat16_parameters_keep_their_dtype_and_have_float32_moments_and_masters() -> None:
     config = replaced(policy={"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}, optimizer={"learning_rate": 0.1})
     p = programs(config)
     before = jax.tree.map(lambda x: np.asarray(x, np.float32), params(config))
     state = p.init(params(config))
     for _ in range(2):
+        donated = state
         state, metrics = p.update(state, batch(), old_stats(), now_stats())
+        assert all(x.is_deleted() for x in jax.tree.leaves(donated))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
-    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-    assert {x.dtype for x in moments} == {jnp.dtype("float32")}
-    # A moment that went through bfloat16 on the way would have its last 16 bits empty.
-    assert all(np.any(np.asarray(x).view(np.uint32) & 0xFFFF) for x in moments)
+    precise = [x for x in jax.tree.leaves((state.opt_state, state.masters)) if x.ndim]
+    assert {x.dtype for x in precise} == {jnp.dtype("float32")}
+    # A number that went through bfloat16 on the way would have its last 16 bits empty.
+    assert all(np.any(np.asarray(x).view(np.uint32) & 0xFFFF) for x in precise)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.masters)
+    jax.tree.map(np.testing.assert_array_equal, state.params, rounded)
     assert p.traces["update"] == 1
     assert metrics["objective/loss"].dtype == jnp.float32
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a, np.float32) - b).max(), state.params, before)
     assert min(jax.tree.leaves(moved)) > 0.05
+
+
+def test_small_steps_of_a_bfloat16_policy_add_up() -> None:
+    """A hundred steps of 1e-6, each less than half the last digit of most parameters, move it as they do in float32."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6))
+    rng = np.random.default_rng(0)
+    start = {"q": jnp.asarray(rng.normal(0, 0.025, 10_000), jnp.bfloat16)}
+    grads = {"q": jnp.asarray(rng.choice([-0.01, 0.01], 10_000), jnp.float32)}
+
+    @jax.jit
+    def after_100(state: Any) -> Any:
+        return jax.lax.fori_loop(0, 100, lambda _, s: apply_gradients(s, grads, optimizer), state)
+
+    exact = after_100(init_state(jax.tree.map(lambda x: x.astype(jnp.float32), start), optimizer))
+    assert type(exact) is TrainState
+    half = after_100(init_state(start, optimizer))
+    np.testing.assert_array_equal(half.masters["q"], exact.params["q"])
+    np.testing.assert_array_equal(half.params["q"], exact.params["q"].astype(jnp.bfloat16))
+    moved = (np.asarray(half.params["q"], np.float32) - np.asarray(start["q"], np.float32)) * -np.sign(grads["q"])
+    assert np.mean(moved > 0) > 0.7
+    assert moved.mean() == pytest.approx(1e-4, rel=0.15)
+
+
+def test_bfloat16_parameters_without_masters_are_refused_or_given_some() -> None:
+    """A run that was saved without goes on from its rounded parameters."""
+    optimizer = optax.sgd(1.0)
+    start = {"q": jnp.ones(3, jnp.bfloat16)}
+    state = init_state(start, optimizer)
+    bare = TrainState(*state[:4])
+    with pytest.raises(ValueError, match=r"bfloat16 and the state has no float32 masters.*with_masters\(state\)"):
+        apply_gradients(bare, start, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, with_masters(bare), state)
+
+
+def test_masters_lie_as_their_parameters_do_and_are_in_the_checkpoint(tmp_path: Path) -> None:
+    config, mesh = replaced(policy={"param_dtype": "bfloat16"}), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    p = Programs(*abstract_policy(decoder_config(config, V, mesh)), config, mesh)
+    abstract = p.abstract_state
+    of_masters, of_params = (jax.tree.map(lambda x: x.sharding, x) for x in (abstract.masters, abstract.params))
+    assert of_masters == of_params
+    assert len(set(jax.tree.leaves(of_masters))) > 1
+    state = p.init(params(config))
+    state = state._replace(masters=jax.tree.map(lambda x: x + 1e-4, state.masters))
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(1, abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored.masters) == of_masters
 
 
 def sizes(jaxpr: Any) -> list[int]:

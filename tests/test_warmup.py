@@ -51,7 +51,9 @@ class Seen:
     steps: list[int]
 
 
-def watched(each_step: Callable[[int], None] = lambda _: None, config: Config = CONFIG) -> Seen:
+def watched(
+    each_step: Callable[[int], None] = lambda _: None, config: Config = CONFIG, decoder: DecoderConfig | None = None
+) -> Seen:
     """A warm-up and all that it learned from."""
     seen = Seen(None, [], [], [])
     with pytest.MonkeyPatch.context() as context:
@@ -69,7 +71,7 @@ def watched(each_step: Callable[[int], None] = lambda _: None, config: Config = 
             seen.steps.append(done)
             each_step(done)
 
-        seen.params = warm_up(policy(), config, heldout(), KEY, tell)
+        seen.params = warm_up(decoder or policy(), config, heldout(), KEY, tell)
     return seen
 
 
@@ -113,6 +115,20 @@ def test_same_seed_same_policy_and_another_seed_another(seen: Seen) -> None:
     assert again.problems == seen.problems
     other = watched(config=dataclasses.replace(CONFIG, seed=1, warmup=dataclasses.replace(CONFIG.warmup, steps=1)))
     assert other.problems != seen.problems[:BATCH]
+
+
+def test_small_steps_of_a_bfloat16_policy_add_up() -> None:
+    """Each step is a fraction of most parameters' last digit; all of them together move it as far as in float32."""
+    config = dataclasses.replace(CONFIG, warmup=dataclasses.replace(CONFIG.warmup, learning_rate=3e-4))
+    half = dataclasses.replace(policy(), param_dtype="bfloat16")
+    moved = []
+    for decoder in (policy(), half):
+        start = init_policy(decoder, KEY)["blocks"]
+        end = watched(config=config, decoder=decoder).params["blocks"]
+        assert {x.dtype for x in jax.tree.leaves(end)} == {jnp.dtype(decoder.param_dtype)}
+        shifts = jax.tree.map(lambda a, b: np.abs(np.float32(a) - np.float32(b)).mean(), end, start)
+        moved.append(np.mean(jax.tree.leaves(shifts)))
+    assert moved[1] == pytest.approx(moved[0], rel=0.2)
 
 
 def test_result_is_on_the_host_and_the_work_on_one_device(seen: Seen) -> None:

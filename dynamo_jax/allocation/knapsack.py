@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynamo_jax.allocation.allocate import check_budget, largest_steps
-
-VALUES = ("info_gain", "one")
+from dynamo_jax.config.choices import KnapsackValue, check_choice
 
 _FLOOR = 1e-30
 
 
-def knapsack(success: jax.Array, budget: int, low: int, high: int, value: str = "info_gain") -> jax.Array:
+def knapsack(success: jax.Array, budget: int, low: int, high: int, value: KnapsackValue = "info_gain") -> jax.Array:
     """The integer n that maximises sum_i v_i (1 - p_i^n_i - q_i^n_i) with low <= n_i <= high and sum n == budget.
 
     1 - p^n - q^n, q = 1 - p, is the probability that a group of n has a gradient; v is p q^2 (`info_gain`, how much
@@ -27,15 +26,14 @@ def knapsack(success: jax.Array, budget: int, low: int, high: int, value: str = 
         success: float [P], p, in [0, 1]; may be traced. Not a number counts as 0.
         budget: rollouts to share out, a Python int.
         low, high: bounds of every n_i, Python ints.
-        value: one of VALUES.
+        value: a word of `KnapsackValue`.
 
     Returns:
         int32 [P]. Jit-able with static budget, low, high and value. Memory: 4 bytes * P * (high - low).
 
     Raises ValueError for another value, if low < 1, or if the budget does not fit between P * low and P * high.
     """
-    if value not in VALUES:
-        raise ValueError(f"knapsack: value = {value!r}; choose one of {', '.join(VALUES)}.")
+    check_choice("knapsack: value", value, KnapsackValue)
     p_P = jnp.asarray(success, jnp.float32)
     width = check_budget(p_P.shape, budget, low, high)
     P, extra = p_P.shape[0], budget - p_P.shape[0] * low
@@ -44,7 +42,7 @@ def knapsack(success: jax.Array, budget: int, low: int, high: int, value: str = 
     return low + largest_steps(_gains(p_P, low, width, value), extra)
 
 
-def _gains(p_P: jax.Array, low: int, width: int, value: str) -> jax.Array:
+def _gains(p_P: jax.Array, low: int, width: int, value: KnapsackValue) -> jax.Array:
     """float32 [S, P]: what the steps from low, low + 1, ... rollouts gain; falls along S."""
     p_P = jnp.where(p_P > 0, jnp.minimum(p_P, 1.0), 0.0)
     q_P = 1.0 - p_P

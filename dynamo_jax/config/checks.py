@@ -81,6 +81,10 @@ def _objective_problems(c: Config) -> list[Problem]:
     if o.clip_cov.enabled and o.kl_cov.enabled:
         why = "Clip-Cov and KL-Cov are two answers to the same tokens"
         problems.append(("objective.kl_cov.enabled", True, why, "Enable one of them."))
+    if o.kl_cov.enabled and c.mini_batch >= c.rollout.budget:
+        why = "a step of one update has no ratio but 1, where the penalty of KL-Cov is 0, and so is its gradient"
+        remedy = f"Set trainer.mini_batch to a part of the {c.rollout.budget} rollouts of a step, for several updates."
+        problems.append(("objective.kl_cov.enabled", True, why, remedy))
     if o.overlong.enabled and o.overlong.buffer > c.rollout.max_tokens:
         why = f"is longer than rollout.max_tokens = {c.rollout.max_tokens}"
         problems.append(("objective.overlong.buffer", o.overlong.buffer, why, "Lower it."))

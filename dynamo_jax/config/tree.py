@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, get_args
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from dynamo_jax.config import choices
+
 _strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-DType = Literal["float32", "bfloat16"]
+_REWARDS = "|".join((*get_args(choices.VerifierKind), *get_args(choices.RewardKind)))
 
 
 @dataclass(frozen=True, config=_strict)
@@ -27,9 +29,8 @@ class ArithmeticConfig:
 class RewardConfig:
     """Who judges a response to a `math` task, and what is added to the verdict. See `tasks/rewards.py`."""
 
-    kind: Annotated[str, Field(pattern=r"^(math|math_verify_compat|exact|arithmetic|countdown|gsm8k|[\w.]+:\w+)$")] = (
-        "math"  # or module:function of your own, called with (output, gold)
-    )
+    # Or module:function of your own, called with (output, gold).
+    kind: Annotated[str, Field(pattern=rf"^({_REWARDS}|[\w.]+:\w+)$")] = "math"
     format_bonus: NonNegativeFloat = 0.0  # for one filled box after at most one closed <think>
     length_penalty: NonNegativeFloat = 0.0  # at length_limit characters and beyond
     length_free: NonNegativeInt = 8000  # characters that cost nothing
@@ -40,7 +41,7 @@ class RewardConfig:
 class TaskConfig:
     """What is learned. `math` reads `train` and `eval` files (JSONL or Parquet) and needs a `tokenizer` folder."""
 
-    kind: Literal["arithmetic", "math"] = "arithmetic"
+    kind: choices.TaskKind = "arithmetic"
     train: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
     tokenizer: str | None = None
@@ -92,8 +93,8 @@ class PolicyConfig:
 
     load: str | None = None
     architecture: ArchitectureConfig | None = None
-    param_dtype: DType = "float32"
-    compute_dtype: DType = "float32"
+    param_dtype: choices.DType = "float32"  # bfloat16: the rounding of a float32 copy that the optimizer keeps
+    compute_dtype: choices.DType = "float32"
     remat: bool = False  # recompute each layer's activations in the backward pass
 
 
@@ -144,7 +145,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True, config=_strict)
 class KnapsackConfig:
-    value: Literal["info_gain", "one"] = "info_gain"  # of a group with right and wrong answers: p (1 - p)^2, or 1
+    value: choices.KnapsackValue = "info_gain"  # of a group with right and wrong answers: p (1 - p)^2, or 1
 
 
 @dataclass(frozen=True, config=_strict)
@@ -186,7 +187,7 @@ class ReinforceAdaConfig:
 class AllocationConfig:
     """How B rollouts are shared among P prompts, n_i in [low, high]. See `allocation/`."""
 
-    rule: Literal["uniform", "bernoulli", "neyman", "released", "knapsack", "gvm", "reinforce_ada", "vip"] = "bernoulli"
+    rule: choices.Rule = "bernoulli"
     low: PositiveInt = 2
     high: Annotated[int, Field(ge=1, le=100_000)] = 24
     prior: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)  # Beta prior of a prompt's success rate
@@ -239,16 +240,14 @@ class KLCovConfig:
 class ObjectiveConfig:
     """Whatever is not enabled costs nothing. See `objective/`."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo", "w_reinforce"] = "grpo"
+    advantage: choices.Advantage = "grpo"
     positive_weight: PositiveFloat = 0.1  # w_reinforce only: the advantage of a right rollout; a wrong one's is -1
-    group_weight: Literal["rollout", "prompt"] = "rollout"  # whether every rollout or every prompt weighs the same
-    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO
+    group_weight: choices.GroupWeight = "rollout"  # whether every rollout or every prompt weighs the same
+    ratio: choices.Ratio = "token"  # sequence: GSPO
     clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.2  # null, together with clip_high: no clip
     clip_high: NonNegativeFloat | None = 0.2
     clip_ratio_c: Annotated[float, Field(gt=1.0)] | None = 10.0  # dual clip; null: off
-    aggregation: Literal[
-        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-    ] = "token-mean"  # fmt: skip
+    aggregation: choices.Aggregation = "token-mean"
     entropy_coefficient: NonNegativeFloat = 0.0  # of the entropy bonus in the loss
     fork_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = (
         None  # share of tokens, by entropy, that are trained
@@ -272,8 +271,8 @@ class ModulationConfig:
     tau: Probability = 0.9
     # The second of each only to reproduce results of the released code: extremes that depend on how the batch is
     # packed, and the mean over the sequence in place of the expectation over the vocabulary.
-    scope: Literal["minibatch", "microbatch"] = "minibatch"
-    entropy_change: Literal["exact", "sequence_mean"] = "exact"
+    scope: choices.Scope = "minibatch"
+    entropy_change: choices.Baseline = "exact"
 
 
 @dataclass(frozen=True, config=_strict)
@@ -285,7 +284,7 @@ class OptimizerConfig:
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.0  # of matrices and embeddings, not of norms and biases
     max_grad_norm: PositiveFloat = 1.0
 
 
@@ -342,7 +341,7 @@ class Config:
 
     run_dir: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # jax and grain take no larger one
-    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    device: choices.Device = "auto"
     task: TaskConfig = TaskConfig()
     warmup: WarmupConfig = WarmupConfig()
     verifier: VerifierConfig = VerifierConfig()

@@ -2,7 +2,8 @@
 
 from dynamo_jax.objective.advantage import group_advantage, group_weight
 from dynamo_jax.objective.modulation import entropy_change, modulate
-from dynamo_jax.objective.policy_loss import Normalizer, log_ratio, normalizer, policy_loss
+from dynamo_jax.objective.policy_loss import Denominators, TokenTerms, denominators, policy_loss
+from dynamo_jax.objective.ratio import Clip, log_ratio
 from dynamo_jax.objective.selection import (
     clip_cov_tokens,
     covariance,
@@ -14,9 +15,12 @@ from dynamo_jax.objective.selection import (
 from dynamo_jax.objective.shaping import entropy_advantage, overlong_penalty
 
 __all__ = [
-    "Normalizer",
+    "Clip",
+    "Denominators",
+    "TokenTerms",
     "clip_cov_tokens",
     "covariance",
+    "denominators",
     "entropy_advantage",
     "entropy_change",
     "fork_tokens",
@@ -26,7 +30,6 @@ __all__ = [
     "largest",
     "log_ratio",
     "modulate",
-    "normalizer",
     "overlong_penalty",
     "policy_loss",
     "token_priority",

@@ -7,14 +7,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ops import segment_max, segment_min, segment_sum
 
-KINDS = ("grpo", "dr_grpo", "rloo", "w_reinforce")
-WEIGHTS = ("rollout", "prompt")
+from dynamo_jax.config.choices import Advantage, GroupWeight, check_choice
 
 _STD_EPSILON = 1e-6  # verl's; a group of nearly equal rewards does not blow up
 
 
 def group_advantage(
-    rewards: jax.Array, prompt_of: jax.Array, num_prompts: int, kind: str = "grpo", *, positive_weight: float = 0.1
+    rewards: jax.Array,
+    prompt_of: jax.Array,
+    num_prompts: int,
+    kind: Advantage = "grpo",
+    *,
+    positive_weight: float = 0.1,
 ) -> jax.Array:
     """How much better each rollout did than the others of its prompt. With mean, std and n of the rollout's group:
 
@@ -32,7 +36,7 @@ def group_advantage(
         prompt_of: int32 [B], the group of each rollout, in any order; groups may be empty. A row outside
             0 .. num_prompts - 1 is padding: no statistic reads it, and its advantage is exactly 0.
         num_prompts: P, a Python int.
-        kind: one of KINDS.
+        kind: a word of `Advantage`.
         positive_weight: w_reinforce only, what a right rollout counts; a wrong one counts 1.
 
     Returns:
@@ -40,8 +44,7 @@ def group_advantage(
 
     Raises ValueError for another kind, if the shapes differ, or if positive_weight is negative.
     """
-    if kind not in KINDS:
-        raise ValueError(f"group_advantage: kind = {kind!r}; choose one of {', '.join(KINDS)}.")
+    check_choice("group_advantage: kind", kind, Advantage)
     if rewards.shape != prompt_of.shape or rewards.ndim != 1:
         raise ValueError(
             f"group_advantage: rewards have shape {rewards.shape} and prompt_of {prompt_of.shape}; "
@@ -58,7 +61,7 @@ def group_advantage(
     return jnp.where(real_B, advantage_B, 0.0)
 
 
-def group_weight(prompt_of: jax.Array, num_prompts: int, kind: str) -> jax.Array:
+def group_weight(prompt_of: jax.Array, num_prompts: int, kind: GroupWeight) -> jax.Array:
     """What each rollout's loss is multiplied by, when groups are of unequal size:
 
         rollout  1: a prompt weighs as much as it has rollouts
@@ -69,15 +72,14 @@ def group_weight(prompt_of: jax.Array, num_prompts: int, kind: str) -> jax.Array
     Args:
         prompt_of: int32 [B], the group of each rollout. A row outside 0 .. num_prompts - 1 is padding and weighs 0.
         num_prompts: P, a Python int.
-        kind: one of WEIGHTS.
+        kind: a word of `GroupWeight`.
 
     Returns:
         float32 [B].
 
     Raises ValueError for another kind.
     """
-    if kind not in WEIGHTS:
-        raise ValueError(f"group_weight: kind = {kind!r}; choose one of {', '.join(WEIGHTS)}.")
+    check_choice("group_weight: kind", kind, GroupWeight)
     slot_B, real_B = _slots(prompt_of, num_prompts)
     weight_B = real_B.astype(jnp.float32)
     if kind == "rollout":
@@ -94,7 +96,7 @@ def _slots(prompt_of: jax.Array, num_prompts: int) -> tuple[jax.Array, jax.Array
     return jnp.where(real_B, prompt_of, num_prompts), real_B
 
 
-def _relative(reward_B: jax.Array, slot_B: jax.Array, num_prompts: int, kind: str) -> jax.Array:
+def _relative(reward_B: jax.Array, slot_B: jax.Array, num_prompts: int, kind: Advantage) -> jax.Array:
     size_P = segment_sum(jnp.ones_like(reward_B), slot_B, num_prompts)
     mean_P = segment_sum(reward_B, slot_B, num_prompts) / jnp.maximum(size_P, 1.0)
     # The mean of n equal rewards can miss them by a rounding, which std + 1e-6 would magnify: compare, do not subtract.

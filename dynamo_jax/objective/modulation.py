@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dynamo_jax.objective.policy_loss import check_clip, probability_ratio
-
-BASELINES = ("exact", "sequence_mean")
+from dynamo_jax.config.choices import Baseline, check_choice
+from dynamo_jax.objective.ratio import Clip, probability_ratio
 
 # The released code's; where all entropies, or all entropy changes, are equal up to rounding, the factors become 1.
 _EPSILON = 1e-8
@@ -25,22 +24,20 @@ def entropy_change(
     lambda_mean: jax.Array,
     advantages: jax.Array,
     mask: jax.Array,
-    clip_low: float | None,
-    clip_high: float | None,
-    clip_ratio_c: float | None = None,
+    clip: Clip,
     *,
-    baseline: str = "exact",
+    baseline: Baseline = "exact",
     log_ratio: jax.Array | None = None,
 ) -> jax.Array:
     """First-order change of a token's policy entropy under a policy-gradient step, Eq. 29 of arXiv 2602.19208:
 
         dH_t = -xi_t (pi_t Lam_t - E_{a ~ pi}[pi(a) Lam(a)]),   xi_t = 1_clip r_t A_t,   Lam(a) = log pi(a) + H,
 
-    where 1_clip is 1 if (A > 0 and r <= 1 + clip_high) or (A < 0 and r >= 1 - clip_low), else 0. The expectation is
+    where 1_clip is 1 if (A > 0 and r <= 1 + clip.high) or (A < 0 and r >= 1 - clip.low), else 0. The expectation is
     over the vocabulary and comes as `lambda_mean`. With `baseline` "sequence_mean" it is what the released code has in
-    its place: the mean of pi_t Lam_t over the tokens of the row, which has little to do with it. With `clip_ratio_c`
-    the tokens of negative advantage that the dual clip leaves without gradient (r > clip_ratio_c) count as 0 too: one
-    of them would otherwise set the maximum that scales all others. (The released code has no such rule.)
+    its place: the mean of pi_t Lam_t over the tokens of the row, which has little to do with it. With `clip.dual` the
+    tokens of negative advantage that the dual clip leaves without gradient (r > clip.dual) count as 0 too: one of them
+    would otherwise set the maximum that scales all others. (The released code has no such rule.)
 
     Args:
         logp, old_logp: float [M, C], log-probabilities of the taken tokens now and when sampled, nats.
@@ -48,31 +45,23 @@ def entropy_change(
         lambda_mean: float [M, C], sum_a pi(a)^2 (log pi(a) + H), from `token_stats`; not read for "sequence_mean".
         advantages: float [M, 1] or [M, C].
         mask: [M, C], 1 for tokens that count.
-        clip_low, clip_high: the clip range of the ratio is [1 - clip_low, 1 + clip_high]; both None: no clip.
-        clip_ratio_c: the dual clip of `policy_loss`; None: off.
-        baseline: one of BASELINES.
+        clip: that of `policy_loss`.
+        baseline: a word of `Baseline`.
         log_ratio: float [M, C], log r, from `log_ratio`, if it is not the token's own logp - old_logp; nats.
 
     Returns:
         float32 [M, C] (float64 for float64 inputs), nats, without gradient, 0 where mask is 0.
 
-    Raises ValueError for another baseline, or if only one of clip_low and clip_high is None.
+    Raises ValueError for another baseline.
     """
-    if baseline not in BASELINES:
-        raise ValueError(f"entropy_change: baseline = {baseline!r}; choose one of {', '.join(BASELINES)}.")
-    check_clip("entropy_change", clip_low, clip_high)
+    check_choice("entropy_change: baseline", baseline, Baseline)
     logp, old_logp, entropy, lambda_mean, advantages = (
         lax.stop_gradient(jnp.asarray(x, jnp.result_type(x, jnp.float32)))
         for x in (logp, old_logp, entropy, lambda_mean, advantages)
     )
     counts = mask > 0
     ratio = probability_ratio(logp, old_logp) if log_ratio is None else jnp.exp(lax.stop_gradient(log_ratio))
-    kept_above = kept_below = jnp.ones_like(counts)
-    if clip_low is not None and clip_high is not None:
-        kept_above, kept_below = ratio <= 1.0 + clip_high, ratio >= 1.0 - clip_low
-    if clip_ratio_c is not None:
-        kept_below &= ratio <= clip_ratio_c
-    has_gradient = ((advantages > 0) & kept_above) | ((advantages < 0) & kept_below)
+    has_gradient = (advantages != 0) & ~clip.stops(ratio, advantages) & ~clip.dual_stops(ratio, advantages)
     value = jnp.exp(logp) * (logp + entropy)
     if baseline == "sequence_mean":
         tokens = jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True, dtype=jnp.int32), 1)

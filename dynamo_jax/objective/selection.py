@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dynamo_jax.objective.policy_loss import check_clip, probability_ratio
+from dynamo_jax.objective.ratio import Clip, probability_ratio
 
 # Rollouts of one prompt share exact contexts, so entropies and covariances that are equal in exact arithmetic are
 # common; another mesh or micro-batch rounds them differently, by a few units in the last place. Without their lowest
@@ -122,12 +122,11 @@ def clip_cov_tokens(
     advantages: jax.Array,
     mask: jax.Array,
     priority: jax.Array,
+    clip: Clip,
     *,
     fraction: float,
     low: float,
     high: float,
-    clip_low: float | None,
-    clip_high: float | None,
 ) -> jax.Array:
     """The tokens that Clip-Cov (arXiv 2505.22617) leaves without gradient: random ones of high covariance.
 
@@ -139,22 +138,18 @@ def clip_cov_tokens(
         advantages: float [M, 1] or [M, C].
         mask: [M, C], 1 for tokens that count.
         priority: uint32 [M, C], random: `token_priority`.
+        clip: as in `policy_loss`; its dual is not read.
         fraction: in (0, 1], a Python float.
         low, high: bounds of the covariance, nats.
-        clip_low, clip_high: PPO's, as in `policy_loss`.
 
     Returns:
         bool [M, C]; its inverse is the `keep` of `policy_loss`.
 
-    Raises ValueError for a fraction outside (0, 1], or only one of clip_low and clip_high.
+    Raises ValueError for a fraction outside (0, 1].
     """
-    check_clip("clip_cov_tokens", clip_low, clip_high)
     cov_MC = covariance(logp, advantages, mask)
-    candidates_MC = (mask > 0) & (cov_MC > low) & (cov_MC < high)
-    if clip_low is not None and clip_high is not None:
-        ratio = probability_ratio(logp, old_logp)
-        clipped = ((advantages > 0) & (ratio > 1.0 + clip_high)) | ((advantages < 0) & (ratio < 1.0 - clip_low))
-        candidates_MC &= ~clipped
+    stopped_MC = clip.stops(probability_ratio(logp, old_logp), advantages)
+    candidates_MC = (mask > 0) & (cov_MC > low) & (cov_MC < high) & ~stopped_MC
     count = _count("clip_cov_tokens", fraction, mask)
     return largest(jnp.zeros_like(cov_MC), candidates_MC, count, priority)
 

@@ -5,41 +5,38 @@ Means, maxima, thresholds and counts are over the whole mini-batch: this runs on
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from dynamo_jax.batch import TokenStats, micro_batches, whole
-from dynamo_jax.config import Config
+from dynamo_jax.batch import TokenStats, TrainBatch, micro_batches, whole
+from dynamo_jax.config import Config, ObjectiveConfig
 from dynamo_jax.objective.modulation import entropy_change, modulate
-from dynamo_jax.objective.policy_loss import log_ratio
+from dynamo_jax.objective.policy_loss import TokenTerms
+from dynamo_jax.objective.ratio import Clip, log_ratio
 from dynamo_jax.objective.selection import clip_cov_tokens, fork_tokens, kl_cov_tokens, token_priority
 from dynamo_jax.objective.shaping import entropy_advantage
 
 Metrics = dict[str, jax.Array]
 
 
-class TokenTerms(NamedTuple):
-    """Nothing here carries a gradient. None: the method does not use it."""
-
-    advantage_MC: jax.Array  # float32
-    keep_MC: jax.Array | None  # bool; False: no policy loss, but still counted in the denominators
-    kl_MC: jax.Array | None  # float32, coefficient of |log ratio|
+def clip_of(config: ObjectiveConfig) -> Clip:
+    return Clip(config.clip_low, config.clip_high, config.clip_ratio_c)
 
 
 def token_terms(
-    advantage_M: jax.Array, random_M: jax.Array, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
-) -> tuple[TokenTerms, Metrics]:
-    """What `policy_loss` needs beside the statistics that carry the gradient, and the metrics of the method.
+    batch: TrainBatch, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
+) -> tuple[jax.Array, TokenTerms, Metrics]:
+    """The advantage of each token [M, C], what else `policy_loss` makes of it, and the metrics of the method.
+
+    Nothing here carries a gradient; the bonus, which does, is left to the update.
 
     Args:
-        advantage_M: float32, group-relative. random_M: uint32, a random number of each rollout.
+        batch: the mini-batch, of which advantages, weights and random numbers are read.
         old: statistics under the policy that sampled; `now`: under the policy that is updated.
         mask_MC: 1 for tokens that count.
     """
     c = config.objective
-    advantage_MC, metrics = token_advantages(advantage_M, old, now, mask_MC, config)
+    advantage_MC, metrics = token_advantages(batch.advantage_M, old, now, mask_MC, config)
     keep_MC = kl_MC = None
     tokens = jnp.maximum(jnp.sum(mask_MC), 1)
     if c.fork_fraction is not None:
@@ -49,7 +46,7 @@ def token_terms(
             "objective/fork_threshold": threshold,
         }
     if c.clip_cov.enabled or c.kl_cov.enabled:
-        priority_MC = token_priority(jax.random.key(0), random_M, mask_MC.shape[1])
+        priority_MC = token_priority(jax.random.key(0), batch.random_M, mask_MC.shape[1])
     if c.clip_cov.enabled:
         # The ratio that the clip sees, as a difference to logp.
         seen_MC = now.logp - log_ratio(now.logp, old.logp, mask_MC, c.ratio)
@@ -59,11 +56,10 @@ def token_terms(
             advantage_MC,
             mask_MC,
             priority_MC,
+            clip_of(c),
             fraction=c.clip_cov.fraction,
             low=c.clip_cov.low,
             high=c.clip_cov.high,
-            clip_low=c.clip_low,
-            clip_high=c.clip_high,
         )
         keep_MC = ~detached_MC if keep_MC is None else keep_MC & ~detached_MC
         metrics["objective/clip_cov_fraction"] = jnp.sum(detached_MC) / tokens
@@ -71,7 +67,7 @@ def token_terms(
         penalised_MC = kl_cov_tokens(now.logp, advantage_MC, mask_MC, priority_MC, fraction=c.kl_cov.fraction)
         kl_MC = c.kl_cov.coefficient * penalised_MC
         metrics["objective/kl_cov_fraction"] = jnp.sum(penalised_MC) / tokens
-    return TokenTerms(advantage_MC, keep_MC, kl_MC), metrics
+    return advantage_MC, TokenTerms(keep=keep_MC, kl_coef=kl_MC, weight=batch.weight_M[:, None]), metrics
 
 
 def token_advantages(
@@ -112,9 +108,7 @@ def _modulated(
         now.lambda_mean,
         advantage_MC,
         mask_MC,
-        c.clip_low,
-        c.clip_high,
-        c.clip_ratio_c,
+        clip_of(c),
         baseline=m.entropy_change,
         log_ratio=log_ratio(now.logp, old.logp, mask_MC, c.ratio),
     )

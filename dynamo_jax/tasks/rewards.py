@@ -16,8 +16,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
+from dynamo_jax.config.choices import RewardKind, VerifierKind
 from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.tasks import arithmetic
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
@@ -204,7 +205,7 @@ class RewardGrader:
         raise ValueError(f"{name} raised {reply['error']} {where}. Mend it, or return 0.\n{reply['story']}")
 
     def _unknown(self, why: str) -> ValueError:
-        known = ", ".join(("math", "math_verify_compat", *BUILT_IN))
+        known = ", ".join((*get_args(VerifierKind), *get_args(RewardKind)))
         return ValueError(
             f"task.reward.kind = {self.name!r}: {why}. Give one of {known}, or module:function of a module on "
             "PYTHONPATH."

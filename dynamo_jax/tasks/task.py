@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast, get_args
 
 import jax
 
 from dynamo_jax.config import Config
+from dynamo_jax.config.choices import VerifierKind
 from dynamo_jax.run.bucket import locations
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
 from dynamo_jax.tasks.grading.known_golds import known_problem
@@ -65,9 +66,8 @@ def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
 def _base_grader(config: Config, killed_file: Path | None) -> Verifier | RewardGrader:
     r, v = config.task.reward, config.verifier
     limits: dict[str, Any] = {"workers": v.workers, "timeout": v.timeout, "memory_mb": v.memory_mb}
-    if r.kind in ("math", "math_verify_compat"):
-        kind: Literal["math", "math_verify_compat"] = "math" if r.kind == "math" else "math_verify_compat"
-        return Verifier(**limits, kind=kind, killed_file=killed_file)
+    if r.kind in get_args(VerifierKind):
+        return Verifier(**limits, kind=cast(VerifierKind, r.kind), killed_file=killed_file)
     return RewardGrader(r.kind, **limits, killed_file=killed_file)
 
 

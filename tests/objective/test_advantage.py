@@ -1,14 +1,15 @@
 """Group-relative advantages: by hand, against the released code, and in any order of the rollouts."""
 
 import json
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynamo_jax.config.choices import Advantage
 from dynamo_jax.objective import group_advantage, group_weight
-from dynamo_jax.objective.advantage import KINDS
 
 GOLDEN_NAME = {"grpo": "grpo_std", "dr_grpo": "grpo_nostd", "rloo": "rloo"}
 
@@ -45,7 +46,7 @@ def test_order_does_not_matter(kind):
     np.testing.assert_allclose(other, one[order], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(Advantage))
 def test_padding_rows_are_never_read(kind):
     """A pool of fixed size: rows of prompt P (or any other that does not exist) change nothing and get exactly 0."""
     rewards, prompt_of = np.float32([1, 0, 1, 1, 0]), np.int32([0, 0, 2, 2, 2])

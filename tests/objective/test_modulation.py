@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dynamo_jax.kernels import token_stats
-from dynamo_jax.objective import entropy_change, log_ratio, modulate
+from dynamo_jax.objective import Clip, entropy_change, log_ratio, modulate
 
+CLIP = Clip(0.2, 0.2)
 DTYPES = [pytest.param(True, id="float64"), pytest.param(False, id="float32")]
 
 
@@ -76,9 +77,9 @@ def test_entropy_change_by_hand():
     at_top = log2 / 4 - log2 / 16
     expected = np.array([[-at_top, 2.2 * (-log2 / 8 - log2 / 16), 0.0, 0.0, 12 * at_top, 0.0]])
     args = tuple(jnp.asarray(x, jnp.float32) for x in args)
-    np.testing.assert_allclose(entropy_change(*args, mask, 0.2, 0.2), expected, rtol=1e-5)
+    np.testing.assert_allclose(entropy_change(*args, mask, CLIP), expected, rtol=1e-5)
     expected[0, 4] = 0.0
-    np.testing.assert_allclose(entropy_change(*args, mask, 0.2, 0.2, clip_ratio_c=10.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(entropy_change(*args, mask, Clip(0.2, 0.2, 10.0)), expected, rtol=1e-5)
 
 
 def test_entropy_change_with_the_mean_over_the_sequence_by_hand():
@@ -89,11 +90,11 @@ def test_entropy_change_with_the_mean_over_the_sequence_by_hand():
     logp, mask = jnp.log(jnp.asarray(p, jnp.float32)), jnp.array([[1, 1, 0]])
     args = (logp, logp, jnp.float32(entropy), jnp.full((1, 3), jnp.nan), jnp.array([[3.0]]), mask)
     expected = [[-3 * (value[0, 0] - mean), -3 * (value[0, 1] - mean), 0.0]]
-    np.testing.assert_allclose(entropy_change(*args, 0.2, 0.2, baseline="sequence_mean"), expected, rtol=1e-5)
-    empty = entropy_change(*args[:-1], mask * 0, 0.2, 0.2, baseline="sequence_mean")
+    np.testing.assert_allclose(entropy_change(*args, CLIP, baseline="sequence_mean"), expected, rtol=1e-5)
+    empty = entropy_change(*args[:-1], mask * 0, CLIP, baseline="sequence_mean")
     np.testing.assert_array_equal(empty, np.zeros((1, 3)))
     with pytest.raises(ValueError, match=r"'mean'.*exact, sequence_mean"):
-        entropy_change(*args, 0.2, 0.2, baseline="mean")
+        entropy_change(*args, CLIP, baseline="mean")
 
 
 def test_entropy_change_under_another_ratio_and_without_a_clip():
@@ -101,15 +102,14 @@ def test_entropy_change_under_another_ratio_and_without_a_clip():
     logp, entropy, old_logp = (jnp.float32(x) for x in rng.uniform(0.1, 2.0, (3, 2, 4)) * [[[-1]], [[1]], [[-1]]])
     args = (entropy, -entropy, jnp.array([[1.0], [-2.0]]), jnp.ones((2, 4)))
     own = log_ratio(logp, old_logp, args[-1], "token")
-    expected = entropy_change(logp, old_logp, *args, 0.2, 0.3)
-    np.testing.assert_array_equal(entropy_change(logp, logp * 0, *args, 0.2, 0.3, log_ratio=own), expected)
+    clip, off = Clip(0.2, 0.3), Clip(None, None)
+    expected = entropy_change(logp, old_logp, *args, clip)
+    np.testing.assert_array_equal(entropy_change(logp, logp * 0, *args, clip, log_ratio=own), expected)
     # Without a clip every token of nonzero advantage changes the entropy, in proportion to its ratio.
-    change = entropy_change(logp, old_logp, *args, None, None)
-    np.testing.assert_allclose(change, entropy_change(logp, logp, *args, None, None) * jnp.exp(own), rtol=1e-5)
+    change = entropy_change(logp, old_logp, *args, off)
+    np.testing.assert_allclose(change, entropy_change(logp, logp, *args, off) * jnp.exp(own), rtol=1e-5)
     assert np.all(np.asarray(change) != 0)
     assert 0 < np.count_nonzero(expected) < 8
-    with pytest.raises(ValueError, match=r"clip_low = None and clip_high = 0.2"):
-        entropy_change(logp, old_logp, *args, None, 0.2)
 
 
 SETTINGS = {"alpha": 0.2, "lambda_min": 0.6, "gamma": 50.0, "tau": 0.9}
@@ -129,7 +129,7 @@ def test_degenerate_batches_are_finite(fill):
         assert np.isfinite(out).all()
         assert ((np.asarray(stab) >= 0.6) & (np.asarray(stab) <= 1.0)).all()
     np.testing.assert_array_equal(stab, np.ones((2, 3)))
-    change = entropy_change(padding, padding, padding, padding, ones, ones * 0, 0.2, 0.2, 10.0)
+    change = entropy_change(padding, padding, padding, padding, ones, ones * 0, Clip(0.2, 0.2, 10.0))
     np.testing.assert_array_equal(change, np.zeros((2, 3)))
 
 
@@ -138,13 +138,13 @@ def test_no_gradient_and_float32():
     logp = jax.random.uniform(jax.random.key(0), shape, minval=-3.0, maxval=-0.1)
 
     def f(logp, advantages):
-        change = entropy_change(logp, logp, -logp, logp, advantages, jnp.ones(shape), 0.2, 0.2)
+        change = entropy_change(logp, logp, -logp, logp, advantages, jnp.ones(shape), CLIP)
         return sum(jnp.sum(x) for x in (change, *modulate(advantages, -logp, change, jnp.ones(shape), **SETTINGS)))
 
     for grad in jax.grad(f, argnums=(0, 1))(logp, jnp.ones((2, 1))):
         np.testing.assert_array_equal(grad, np.zeros(grad.shape))
     low = logp.astype(jnp.bfloat16)
-    assert entropy_change(low, low, low, low, low, jnp.ones(shape), 0.2, 0.2).dtype == jnp.float32
+    assert entropy_change(low, low, low, low, low, jnp.ones(shape), CLIP).dtype == jnp.float32
     assert {x.dtype for x in modulate(low, low, low, jnp.ones(shape), **SETTINGS)} == {jnp.dtype("float32")}
 
 
@@ -182,8 +182,8 @@ def test_golden_released_estimate(shared, name, x64):
             inputs = ("log_prob", "old_log_prob", "entropy", "advantages")
             logp, old_logp, entropy, advantages = (padded(arrays[k], (12, 64), dtype) for k in inputs)
             mask = padded(arrays["mask"], (12, 64), bool)
-            clip = (case["clip_effective"]["low"], case["clip_effective"]["high"])
-            change = estimate(logp, old_logp, entropy, entropy * np.nan, advantages, mask, *clip)
+            clip = Clip(case["clip_effective"]["low"], case["clip_effective"]["high"])
+            change = estimate(logp, old_logp, entropy, entropy * np.nan, advantages, mask, clip)
             assert change.dtype == dtype
             expected = arrays["Xi"][arrays["mask"] > 0]
             message = f"case {case['case']}"
@@ -214,7 +214,7 @@ def from_logits(logits_MCV, token_MC, old_logp, advantages, mask, impl, clip):
     # With the identity as the head, hidden states are the logits.
     hidden, head = logits_MCV.reshape(-1, V), jnp.eye(V, dtype=logits_MCV.dtype)
     logp, entropy, lambda_mean = (x.reshape(M, C) for x in token_stats(hidden, head, token_MC.reshape(-1), impl=impl))
-    change = entropy_change(logp, old_logp, entropy, lambda_mean, advantages, mask, *clip)
+    change = entropy_change(logp, old_logp, entropy, lambda_mean, advantages, mask, clip)
     out = {"log_prob": logp, "entropy": entropy, "E_pi_Lambda": lambda_mean, "delta_H": change}
     for mode, alpha, tau in ((6, 0.2, 0.99), (5, 0.4, 0.9)):
         settings = {"alpha": alpha, "lambda_min": 0.6, "gamma": 50.0, "tau": tau}
@@ -240,7 +240,7 @@ def test_golden_exact_entropy_change(shared, impl, x64):
                 padded(arrays["old_log_prob"], shape, dtype),
                 padded(arrays["advantages"], shape, dtype),
             )
-            for name, ours in from_logits(*inputs, mask, impl, (case["eps_low"], case["eps_high"])).items():
+            for name, ours in from_logits(*inputs, mask, impl, Clip(case["eps_low"], case["eps_high"])).items():
                 assert ours.dtype == dtype
                 expected = arrays[name][arrays["mask"] > 0]
                 # Uniform logits: changes of 1e-32 there, of one rounding here.

@@ -8,18 +8,19 @@ from test_policy_loss import CLIP, random_batch
 
 from dynamo_jax.batch import micro_batches
 from dynamo_jax.objective import (
+    Clip,
+    TokenTerms,
     clip_cov_tokens,
+    denominators,
     fork_tokens,
     group_weight,
     kl_cov_tokens,
     log_ratio,
-    normalizer,
     policy_loss,
     token_priority,
 )
 
-NO_CLIP = {"clip_low": None, "clip_high": None}
-ARRAYS = ("keep", "kl_coef", "weight", "entropy")
+NO_CLIP = Clip(None, None)
 
 
 def priority(mask):
@@ -30,18 +31,22 @@ def priority(mask):
 OPTIONS = {
     "gspo": lambda *b: {"ratio": "sequence"},
     "fork": lambda *b: {"keep": fork_tokens(b[4], b[3], 0.2)[0]},
-    "clip_cov": lambda *b: {"keep": ~clip_cov_tokens(*b[:4], priority(b[3]), fraction=0.1, low=0, high=2, **CLIP)},
-    "kl_cov": lambda *b: {"kl_coef": 0.7 * kl_cov_tokens(b[0], b[2], b[3], priority(b[3]), fraction=0.2), **NO_CLIP},
+    "clip_cov": lambda *b: {"keep": ~clip_cov_tokens(*b[:4], priority(b[3]), CLIP, fraction=0.1, low=0, high=2)},
+    "kl_cov": lambda *b: {
+        "kl_coef": 0.7 * kl_cov_tokens(b[0], b[2], b[3], priority(b[3]), fraction=0.2),
+        "clip": NO_CLIP,
+    },
     "group_weight": lambda *b: {"weight": group_weight(jnp.array([0, 0, 0, 0, 1, 1, 2, 3]), 3, "prompt")[:, None]},
-    "entropy": lambda *b: {"entropy": b[4], "entropy_coef": 0.3},
+    "entropy": lambda *b: {"bonus": 0.3 * b[4]},
 }
 OPTIONS["all"] = lambda *b: {k: v for name in OPTIONS if name != "all" for k, v in OPTIONS[name](*b).items()}
 
 
-def loss_of(logp, entropy, rest, arrays, settings, aggregation, norm=None):
-    if "entropy" in arrays:
-        arrays = arrays | {"entropy": entropy}
-    return policy_loss(logp, *rest, **CLIP | settings, **arrays, aggregation=aggregation, normalizer=norm)
+def loss_of(logp, entropy, rest, arrays, settings, aggregation, whole=None):
+    if "bonus" in arrays:
+        arrays = arrays | {"bonus": 0.3 * entropy}
+    settings = {"aggregation": aggregation, "denominators": whole, "clip": CLIP} | settings
+    return policy_loss(logp, *rest, **settings, terms=TokenTerms(**arrays))
 
 
 @pytest.mark.parametrize(
@@ -51,19 +56,19 @@ def test_micro_batches_of_every_option_add_up_to_the_whole(option, aggregation):
     logp, *rest = random_batch()
     entropy = -0.6 * logp
     options = OPTIONS[option](logp, *rest, entropy)
-    arrays = {k: v for k, v in options.items() if k in ARRAYS}
-    settings = {k: v for k, v in options.items() if k not in ARRAYS}
+    arrays = {k: v for k, v in options.items() if k in TokenTerms._fields}
+    settings = {k: v for k, v in options.items() if k not in TokenTerms._fields}
 
     @jax.jit
-    def run(logp, entropy, rest, arrays, norm):
+    def run(logp, entropy, rest, arrays, whole):
         f = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        return f(logp, entropy, rest, arrays, settings, aggregation, norm)
+        return f(logp, entropy, rest, arrays, settings, aggregation, whole)
 
     whole, whole_grads = run(logp, entropy, rest, arrays, None)
     assert np.abs(whole_grads[0]).max() > 0
-    norm = normalizer(rest[2], aggregation)
+    of_whole = denominators(rest[2], aggregation)
     micro = micro_batches((logp, entropy, rest, arrays), 2)
-    outputs = [run(*jax.tree.map(lambda x, i=i: x[i], micro), norm) for i in range(4)]
+    outputs = [run(*jax.tree.map(lambda x, i=i: x[i], micro), of_whole) for i in range(4)]
     total = jax.tree.map(lambda *xs: sum(xs), *[value for value, _ in outputs])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), total, whole)
     for i, (_, grads) in enumerate(outputs):
@@ -77,8 +82,8 @@ def test_padding_is_never_read_by_any_option(option):
     mask = mask.at[2].set(False)
     advantages = jnp.broadcast_to(advantages, logp.shape)
     options = OPTIONS[option](logp, old_logp, advantages, mask, -0.6 * logp)
-    arrays = {k: jnp.broadcast_to(v, logp.shape) for k, v in options.items() if k in ARRAYS}
-    settings = {k: v for k, v in options.items() if k not in ARRAYS}
+    arrays = {k: jnp.broadcast_to(v, logp.shape) for k, v in options.items() if k in TokenTerms._fields}
+    settings = {k: v for k, v in options.items() if k not in TokenTerms._fields}
 
     @jax.jit
     def run(logp, entropy, rest, arrays):
@@ -100,7 +105,7 @@ def test_sequence_ratio_by_hand():
     mask = jnp.array([[1, 1, 1], [1, 1, 0]])
 
     def f(logp, aggregation="seq-mean-token-mean"):
-        return policy_loss(logp, old_logp, advantages, mask, **CLIP, ratio="sequence", aggregation=aggregation)
+        return policy_loss(logp, old_logp, advantages, mask, CLIP, ratio="sequence", aggregation=aggregation)
 
     (loss, metrics), grad = jax.value_and_grad(f, has_aux=True)(old_logp + difference)
     s = np.exp(-0.1)
@@ -129,7 +134,7 @@ def test_sequence_ratio_has_the_gradient_of_its_definition():
 
     def ours(logp):
         rest = (old_logp, advantages, mask)
-        return policy_loss(logp, *rest, **CLIP, ratio="sequence", aggregation="seq-mean-token-mean")[0]
+        return policy_loss(logp, *rest, CLIP, ratio="sequence", aggregation="seq-mean-token-mean")[0]
 
     for a, b in zip(jax.value_and_grad(ours)(logp), jax.value_and_grad(direct)(logp), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -142,10 +147,10 @@ def test_options_by_hand():
     ones, mask = jnp.ones((2, 2)), jnp.ones((2, 2))
     zero, entropy = jnp.zeros((2, 2)), jnp.array([[0.5, 1.0], [1.5, 2.0]])
 
-    def run(**options):
+    def run(coefficient=None, **terms):
         def f(logp, entropy):
-            given = {"entropy": entropy} if "entropy_coef" in options else {}
-            return policy_loss(logp, zero, ones, mask, **CLIP | options | given)
+            bonus = None if coefficient is None else coefficient * entropy
+            return policy_loss(logp, zero, ones, mask, CLIP, terms=TokenTerms(**terms, bonus=bonus))
 
         (loss, metrics), grads = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(logp, entropy)
         return loss, metrics, *grads
@@ -171,18 +176,14 @@ def test_options_by_hand():
     np.testing.assert_allclose(metrics["objective/kl_abs"], (np.log(1.1) - np.log(0.9)) / 4, rtol=1e-6)
 
     # The bonus also counts where the policy loss does not.
-    loss, metrics, grad_logp, grad_entropy = run(entropy_coef=0.1, keep=jnp.asarray(keep))
+    loss, metrics, grad_logp, grad_entropy = run(0.1, keep=jnp.asarray(keep))
     np.testing.assert_allclose(loss, (-2.9 - 0.1 * 5.0) / 4, rtol=1e-6)
     np.testing.assert_allclose(metrics["objective/entropy_bonus"], 0.1 * 5.0 / 4, rtol=1e-6)
     np.testing.assert_allclose(grad_logp, grad_kept, rtol=1e-6)
     np.testing.assert_allclose(grad_entropy, np.full((2, 2), -0.1 / 4), rtol=1e-6)
-    loss, metrics, _, grad_entropy = run(entropy_coef=0.0)
-    np.testing.assert_array_equal(loss, plain)
-    assert "objective/entropy_bonus" not in metrics
-    np.testing.assert_array_equal(grad_entropy, zero)
 
     # No clip: a ratio of 3 costs what it is.
-    f = jax.value_and_grad(lambda x: policy_loss(x, zero, ones, mask, **NO_CLIP), has_aux=True)
+    f = jax.value_and_grad(lambda x: policy_loss(x, zero, ones, mask, NO_CLIP), has_aux=True)
     (loss, metrics), grad = f(jnp.full((2, 2), np.log(3.0), jnp.float32))
     np.testing.assert_allclose(loss, -3.0, rtol=1e-6)
     np.testing.assert_allclose(grad, np.full((2, 2), -0.75), rtol=1e-6)
@@ -192,11 +193,10 @@ def test_options_by_hand():
 def test_bad_options_are_refused():
     batch = random_batch()
     for options, message in [
-        ({"clip_low": None}, "clip_low = None and clip_high = 0.2"),
         ({"ratio": "row"}, "'row'; choose one of token, sequence"),
-        ({"entropy_coef": 0.1}, "entropy_coef = 0.1 needs entropy"),
-        ({"keep": batch[3][0]}, r"keep has shape \(6,\)"),
-        ({"weight": jnp.ones(8)}, r"weight has shape \(8,\); give \(8, 6\) or \(8, 1\)"),
+        ({"terms": TokenTerms(keep=batch[3][0])}, r"keep has shape \(6,\)"),
+        ({"terms": TokenTerms(bonus=batch[0][:, :1])}, r"bonus has shape \(8, 1\); give \(8, 6\)"),
+        ({"terms": TokenTerms(weight=jnp.ones(8))}, r"weight has shape \(8,\); give \(8, 6\) or \(8, 1\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            policy_loss(*batch, **CLIP | options)
+            policy_loss(*batch, CLIP, **options)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dynamo_jax.objective import (
+    Clip,
+    TokenTerms,
     clip_cov_tokens,
     covariance,
     fork_tokens,
@@ -23,9 +25,9 @@ from dynamo_jax.objective import (
 )
 from dynamo_jax.objective.selection import _fraction, _part
 
-CLIP_COV = {"fraction": 0.2, "low": 0.1, "high": 0.6, "clip_low": 0.2, "clip_high": 0.2}
+CLIP_COV = {"clip": Clip(0.2, 0.2), "fraction": 0.2, "low": 0.1, "high": 0.6}
 run_largest = jax.jit(largest)
-SETTINGS = ("fraction", "low", "high", "clip_low", "clip_high")
+SETTINGS = ("clip", "fraction", "low", "high")
 run_clip_cov = jax.jit(clip_cov_tokens, static_argnames=SETTINGS)
 run_kl_cov = jax.jit(kl_cov_tokens, static_argnames="fraction")
 
@@ -209,7 +211,7 @@ def test_kl_cov_and_clip_cov_by_hand():
     np.testing.assert_array_equal(taken, [[0, 0, 0], [1, 1, 0]])
     taken = run_kl_cov(logp, advantages, mask, priority, fraction=0.1)
     np.testing.assert_array_equal(taken, [[0, 0, 0], [0, 1, 0]])
-    clip = partial(run_clip_cov, low=-0.6, high=0.4, clip_low=0.2, clip_high=0.2)
+    clip = partial(run_clip_cov, clip=Clip(0.2, 0.2), low=-0.6, high=0.4)
     # Between -0.6 and 0.4: the tokens 1, 2 and 3, of priorities 1, 2 and 9. Ratios are 1, but then token 1 is clipped.
     for old, expected in [(logp, [[0, 1, 1], [0, 0, 0]]), (logp.at[0, 1].add(-1.0), [[0, 0, 1], [1, 0, 0]])]:
         taken = clip(logp, old, advantages, mask, priority, fraction=0.4)
@@ -217,53 +219,50 @@ def test_kl_cov_and_clip_cov_by_hand():
     # A token whose ratio is low has a gradient while its advantage is positive; no clip, nothing is clipped.
     taken = clip(logp, logp.at[0, 1].add(1.0), advantages, mask, priority, fraction=0.1)
     np.testing.assert_array_equal(taken, [[0, 1, 0], [0, 0, 0]])
-    off = partial(run_clip_cov, low=-0.6, high=0.4, clip_low=None, clip_high=None)
+    off = partial(run_clip_cov, clip=Clip(None, None), low=-0.6, high=0.4)
     np.testing.assert_array_equal(off(logp, logp - 1, advantages, mask, priority, fraction=0.1), taken)
     for taken in (
         clip(logp, logp, advantages, mask * 0, priority, fraction=1.0),
-        clip_cov_tokens(logp, logp, advantages, mask, priority, fraction=1.0, low=5, high=9, clip_low=0, clip_high=0),
+        clip_cov_tokens(logp, logp, advantages, mask, priority, Clip(0, 0), fraction=1.0, low=5, high=9),
         kl_cov_tokens(logp, advantages, mask * 0, priority, fraction=1.0),
     ):
         assert not np.any(taken)
 
 
 def released(case, inputs, mask, priority):
-    """(keyword arguments of policy_loss, what the released function returns next to the loss) for one golden case."""
+    """(clip and terms of policy_loss, what the released function returns next to the loss) for one golden case."""
     params, (logp, old_logp, advantages) = case["params"], inputs
     method = params.get("loss_method") or case["loss"]
     cov = covariance(logp, advantages, mask)
     ppo = ("objective/clip_fraction", "objective/kl_old_new", "objective/dual_clip_fraction")
     if case["loss"] == "vanilla":  # the authors' integration: both clips stay on, constants instead of settings
-        options = {"clip_low": params["cliprange_low"], "clip_high": params["cliprange_high"]}
-        options["clip_ratio_c"] = params["clip_ratio_c"]
+        clip = Clip(params["cliprange_low"], params["cliprange_high"], params["clip_ratio_c"])
         if method == "clip_cov":  # a share of the candidates, which may be clipped already
             candidates = mask & (cov > 1.0) & (cov < 5.0)
             count = max(1, int(0.0002 * int(candidates.sum())))
-            return options | {"keep": ~run_largest(jnp.zeros_like(cov), candidates, count, priority)}, ppo
+            return clip, TokenTerms(keep=~run_largest(jnp.zeros_like(cov), candidates, count, priority)), ppo
         if method == "kl_cov":  # by absolute covariance
             count = max(1, int(0.0002 * int(mask.sum())))
-            return options | {"kl_coef": 1.0 * run_largest(jnp.abs(cov), mask, count, priority)}, ppo
+            return clip, TokenTerms(kl_coef=1.0 * run_largest(jnp.abs(cov), mask, count, priority)), ppo
         assert method == "entro_loss"  # -logp of the taken token in place of the entropy
-        return options | {"entropy": -logp, "entropy_coef": 0.001}, ppo
+        return clip, TokenTerms(bonus=-0.001 * logp), ppo
     if method == "clip_cov":
-        clip = {"clip_low": params.get("clip_ratio_low", params["clip_ratio"])}
-        clip["clip_high"] = params.get("clip_ratio_high", params["clip_ratio"])
+        clip = Clip(*(params.get(f"clip_ratio_{side}", params["clip_ratio"]) for side in ("low", "high")))
         bounds = {"fraction": params["clip_cov_ratio"], "low": params["clip_cov_lb"], "high": params["clip_cov_ub"]}
-        detached = run_clip_cov(logp, old_logp, advantages, mask, priority, **bounds, **clip)
-        return clip | {"keep": ~detached}, (float(detached.sum() / mask.sum()), "objective/kl_old_new", 0.0)
+        detached = run_clip_cov(logp, old_logp, advantages, mask, priority, clip, **bounds)
+        return clip, TokenTerms(keep=~detached), (float(detached.sum() / mask.sum()), "objective/kl_old_new", 0.0)
     assert method == "kl_cov"
     chosen = run_kl_cov(logp, advantages, mask, priority, fraction=params["kl_cov_ratio"])
-    return {"clip_low": None, "clip_high": None, "kl_coef": params["ppo_kl_coef"] * chosen}, (
-        0.0,
-        "objective/kl_abs",
-        0.0,
-    )
+    return Clip(None, None), TokenTerms(kl_coef=params["ppo_kl_coef"] * chosen), (0.0, "objective/kl_abs", 0.0)
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize(("x64", "tolerance"), [(True, 1e-7), (False, 2e-5)])
 def test_golden_losses_of_selected_tokens(shared, x64, tolerance):
-    """Released losses, metrics and gradients. Their random choice is the first in row-major order."""
+    """Released losses, metrics and gradients. Their random choice is the first in row-major order.
+
+    `seq-mean-token-sum-norm` is a sum over rows there, in spite of its name, and a mean here.
+    """
     cases = json.loads((shared / "golden" / "manifest.json").read_text())["files"]["policy_loss.npz"]["cases"]
     checked = []
     with np.load(shared / "golden" / "policy_loss.npz") as arrays, jax.enable_x64(x64):
@@ -277,16 +276,19 @@ def test_golden_losses_of_selected_tokens(shared, x64, tolerance):
             mask = jnp.asarray(read["mask"] > 0)
             priority = jnp.arange(mask.size, dtype=jnp.uint32).reshape(mask.shape)
 
-            options, returned = released(case, inputs, mask, priority)
+            clip, terms, returned = released(case, inputs, mask, priority)
 
-            def f(logp, case=case, inputs=inputs, mask=mask, options=options, returned=returned):
-                proxy = {"entropy": -logp} if "entropy" in options else {}
-                loss, metrics = policy_loss(logp, *inputs[1:], mask, **options | proxy, aggregation=case["agg"])
+            def f(logp, case=case, inputs=inputs, mask=mask, clip=clip, terms=terms, returned=returned):
+                if terms.bonus is not None:  # its gradient flows
+                    terms = terms._replace(bonus=-0.001 * logp)
+                loss, metrics = policy_loss(logp, *inputs[1:], mask, clip, aggregation=case["agg"], terms=terms)
                 return loss, [metrics[x] if isinstance(x, str) else x for x in returned]
 
             (loss, metrics), grad = jax.value_and_grad(f, has_aux=True)(inputs[0])
-            message = f"case {case['case']}"
-            np.testing.assert_allclose([loss, *metrics], read["out"], tolerance, tolerance, err_msg=message)
-            np.testing.assert_allclose(grad, read["grad_log_prob"], tolerance, tolerance, err_msg=message)
+            out, expected_grad, message = read["out"], read["grad_log_prob"], f"case {case['case']}"
+            if case["agg"] == "seq-mean-token-sum-norm":
+                out, expected_grad = np.array([out[0] / len(mask), *out[1:]]), expected_grad / len(mask)
+            np.testing.assert_allclose([loss, *metrics], out, tolerance, tolerance, err_msg=message)
+            np.testing.assert_allclose(grad, expected_grad, tolerance, tolerance, err_msg=message)
             checked.append((case["loss"], case["params"].get("loss_method"), case["agg"]))
     assert len(set(checked)) == len(checked) == 20

@@ -7,13 +7,16 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from dynamo_jax.config.choices import RewardKind
 from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.tasks import rewards
 from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.rewards import (
+    BUILT_IN,
     Grading,
     RewardGrader,
     Shaped,
@@ -66,6 +69,10 @@ def test_countdown_needs_its_kind_of_gold(gold):
     with pytest.raises(ValueError, match="no countdown problem"):
         countdown("1", gold)
     assert "countdown" in (RewardGrader("countdown").unreadable([gold])[0] or "")
+
+
+def test_every_reward_that_a_config_may_name_is_there():
+    assert tuple(BUILT_IN) == get_args(RewardKind)
 
 
 def test_exact():

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
+from dynamo_jax.config.choices import VerifierKind
 from dynamo_jax.tasks.grading.answers import cache_key, check_gold, compare, readable
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.pool import Killed, Pool
@@ -44,7 +44,7 @@ class Verifier:
         timeout: float = 5.0,
         memory_mb: int = 1024,
         *,
-        kind: Literal["math", "math_verify_compat"] = "math",
+        kind: VerifierKind = "math",
         killed_file: str | Path | None = None,
     ) -> None:
         self.kind = kind
