@@ -12,6 +12,7 @@ _strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 DType = Literal["float32", "bfloat16"]
+Rule = Literal["uniform", "bernoulli", "neyman", "released", "knapsack", "gvm", "reinforce_ada", "vip"]  # of allocation
 
 
 @dataclass(frozen=True, config=_strict)
@@ -186,7 +187,7 @@ class ReinforceAdaConfig:
 class AllocationConfig:
     """How B rollouts are shared among P prompts, n_i in [low, high]. See `allocation/`."""
 
-    rule: Literal["uniform", "bernoulli", "neyman", "released", "knapsack", "gvm", "reinforce_ada", "vip"] = "bernoulli"
+    rule: Rule = "bernoulli"
     low: PositiveInt = 2
     high: Annotated[int, Field(ge=1, le=100_000)] = 24
     prior: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)  # Beta prior of a prompt's success rate
