@@ -158,7 +158,7 @@ class GVMConfig:
 
 @dataclass(frozen=True, config=_strict)
 class ReleasedConfig:
-    """The authors' released rule. See `allocation/released.py`. Its counts never fade: set a half_life of 1e9."""
+    """The authors' released rule. See `allocation/released.py`. Its counts never fade: it needs a half_life of 1e9."""
 
     initial_budget: NonNegativeInt = 4  # rollouts that a prompt gets before its priority counts
     mastery: PositiveFloat = 0.85  # success rate from which a prompt has the floor as its priority
