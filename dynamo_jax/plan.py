@@ -44,7 +44,7 @@ COLUMNS = ("arguments", "outputs", "temporaries", "kept", "peak", "FLOPs", "byte
 # What the compiler lets a program use of a device's HBM, GiB: the figure in its own out-of-memory message.
 HBM_GIB = {"TPU v4": 15.25, "TPU v5": 95.73, "TPU v5 lite": 15.75, "TPU v6 lite": 31.24, "TPU7x": 94.74}
 
-# Rows of the success statistics if only the data would tell. They take 12 bytes a prompt.
+# Rows of the success statistics if only the data would tell. They take 16 bytes a prompt.
 UNKNOWN_PROMPTS = 100_000
 
 REMEDIES = {

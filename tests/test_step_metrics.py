@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts
-from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics
+from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics, shares
 
 
 def test_allocation_by_hand() -> None:
@@ -35,20 +35,23 @@ def test_every_prompt_is_of_one_kind_and_kinds_without_prompts_have_none() -> No
     assert uniform["allocation/mean_middle"] == 4.0
 
 
+def pool(
+    index: list[int], prompt_of: list[int], reward: list[float], success: list[float], lengths: list[int] | None = None
+) -> Pool:
+    slots, R = np.array(index, np.int32), len(reward)
+    names = tuple(map(str, index))
+    prompts = PromptBatch(slots, slots[:, None], slots, names, names, names)
+    length_B = np.full(R, 2, np.int32) if lengths is None else np.array(lengths, np.int32)
+    rollouts = Rollouts(np.zeros((R, 4), np.int32), length_B, np.ones(R, bool), np.zeros((R, 4), np.float32))
+    reward_R, none_R = np.array(reward, np.float32), np.zeros(R, np.float32)
+    return Pool(prompts, np.array(prompt_of), rollouts, reward_R > 0.5, reward_R, none_R, np.array(success, np.float32))
+
+
 def test_rollouts_by_hand() -> None:
     """Group 0 is all wrong, 1 mixed, 2 all right; a truncated rollout and one that ended at the limit differ."""
-    rollouts = Rollouts(
-        tokens_BC=np.zeros((7, 4), np.int32),
-        length_B=np.array([4, 4, 1, 2, 3, 1, 2], np.int32),
-        ended_B=np.array([True, False, True, True, True, True, True]),
-        logp_BC=np.zeros((7, 4), np.float32),
-    )
-    reward_B = np.array([0, 0, 1, 0, 0, 1, 1], np.float32)
-    prompt_of_B = np.array([0, 0, 1, 1, 1, 2, 2])
-    slots, names = np.arange(3), ("a", "b", "c")
-    prompts = PromptBatch(slots, slots[:, None], slots, names, names, names)
-    metrics = rollout_metrics(Pool(prompts, prompt_of_B, rollouts, reward_B > 0.5, reward_B), seconds=0.5)
-    assert metrics == {
+    one = pool([0, 1, 2], [0, 0, 1, 1, 1, 2, 2], [0, 0, 1, 0, 0, 1, 1], [0.5] * 3, [4, 4, 1, 2, 3, 1, 2])
+    one.rollouts.ended_B[1] = False
+    assert rollout_metrics(one, seconds=0.5) == {
         "reward/mean": pytest.approx(3 / 7),
         "reward/right": pytest.approx(3 / 7),
         "reward/mixed_groups": pytest.approx(1 / 3),
@@ -57,3 +60,33 @@ def test_rollouts_by_hand() -> None:
         "rollout/truncated_fraction": pytest.approx(1 / 7),
         "rollout/tokens_per_second": pytest.approx(34.0),
     }
+
+
+def test_mixed_groups_go_by_rewards() -> None:
+    """Unequal on one side of a half; equal, but for a penalty; equal."""
+    graded = pool([0, 1, 2], [0, 0, 1, 1, 2, 2], [0.1, 0.4, 0.9, 0.9, 0.7, 0.7], [0.5] * 3)
+    assert rollout_metrics(graded, 1.0)["reward/mixed_groups"] == pytest.approx(1 / 3)
+    shaped = graded._replace(penalty_R=np.array([0, 0, 0, -0.5, 0, 0], np.float32))
+    assert rollout_metrics(shaped, 1.0)["reward/mixed_groups"] == pytest.approx(2 / 3)
+    assert rollout_metrics(shaped, 1.0)["reward/mean"] == rollout_metrics(graded, 1.0)["reward/mean"]
+
+
+def test_shares_are_those_of_all_rounds() -> None:
+    """The same batch again, another with one of its prompts, and one whose epoch ends within: a prompt twice."""
+    first = pool([4, 9, 2], [0, 0, 1, 2], [0] * 4, [0.1, 0.5, 0.9])
+    again = first._replace(prompt_of_R=np.array([1, 1, 1]))
+    other = pool([9, 7, 7], [0, 0, 1, 2, 2], [0] * 5, [0.5, 0.3, 0.3])
+    counts, success = shares([first, again, other])
+    assert counts.tolist() == [2, 6, 1, 1, 2]  # prompts 4, 9, 2, 7 and 7
+    np.testing.assert_allclose(success, [0.1, 0.5, 0.9, 0.3, 0.3])
+    metrics = allocation_metrics(counts, success)
+    assert (metrics["allocation/prompts_hard"], metrics["allocation/mean_hard"]) == (3, pytest.approx(5 / 3))
+    assert (metrics["allocation/mean_middle"], metrics["allocation/mean_easy"]) == (6, 1)
+    np.testing.assert_array_equal(shares([first])[0], [2, 1, 1])
+
+
+def test_a_prompt_without_rollouts_has_no_share() -> None:
+    """The released rule may leave one with nothing."""
+    metrics = allocation_metrics(np.array([0, 4, 4]), np.full(3, 0.5))
+    assert metrics["allocation/min"] == 0
+    assert metrics["allocation/entropy"] == pytest.approx(math.log(2))

@@ -368,13 +368,6 @@ class Config:
         return self.trainer.micro_batch or self.mini_batch
 
     @property
-    def max_rounds(self) -> int:
-        """Rounds of sampling that one step may take. See `rounds.py`."""
-        if self.rollout.dynamic_sampling.enabled:
-            return 1 + self.rollout.dynamic_sampling.max_refills
-        return self.allocation.reinforce_ada.max_rounds if self.allocation.rule == "reinforce_ada" else 1
-
-    @property
     def rollout_batch(self) -> int:
         """Rollouts decoded at once."""
         return self.rollout.batch or self.rollout.budget

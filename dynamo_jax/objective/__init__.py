@@ -11,11 +11,12 @@ from dynamo_jax.objective.selection import (
     largest,
     token_priority,
 )
-from dynamo_jax.objective.shaping import entropy_advantage, overlong_penalty
+from dynamo_jax.objective.shaping import configured_penalty, entropy_advantage, overlong_penalty
 
 __all__ = [
     "Normalizer",
     "clip_cov_tokens",
+    "configured_penalty",
     "covariance",
     "entropy_advantage",
     "entropy_change",

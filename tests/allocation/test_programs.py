@@ -200,7 +200,8 @@ def test_what_is_recorded_of_a_round() -> None:
     logp = np.float32([[-0.5, -0.5], [-0.5, 0], [-0.5, -0.5], [-0.5, -0.5]])  # 0 is padding
     rollouts = Rollouts(np.zeros((4, 2), np.int32), np.ones(4, np.int32), np.ones(4, bool), logp)
     right = np.array([True, True, False, True])
-    pool = Pool(prompts, np.array([0, 1, 1, 6]), rollouts, right, right - np.float32(0.6))
+    none = np.zeros(4, np.float32)
+    pool = Pool(prompts, np.array([0, 1, 1, 6]), rollouts, right, right - np.float32(0.6), none, np.zeros(P))
     for rule in ("bernoulli", "gvm"):
         p = programs(rule)
         stats = p.record_pool(p.init(), pool, 3)

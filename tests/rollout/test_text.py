@@ -1,9 +1,12 @@
 """The text that is graded."""
 
+from collections.abc import Sequence
+
 import numpy as np
+import pytest
 
 from dynamo_jax.batch import Rollouts
-from dynamo_jax.rollout.text import decode_rollouts
+from dynamo_jax.rollout.text import decode_rollouts, some_texts
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer
 
 TOKENIZER = ArithmeticTokenizer()
@@ -54,3 +57,11 @@ def test_padding_after_the_length_never_shows():
     batch = rollouts(([7, 1], True))
     batch.tokens_BC[0, 2:] = 9  # whatever the sampler's buffer holds there
     assert decode_rollouts(batch, TwoStops()) == ["7"]
+
+
+@pytest.mark.parametrize(("count", "rows"), [(0, []), (1, [0]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4]), (9, range(5))])
+def test_some_are_evenly_spaced(count: int, rows: Sequence[int]) -> None:
+    batch = rollouts(*(([*TOKENIZER.encode(str(i)), EOS], True) for i in range(5)))
+    found, texts = some_texts(batch, count, TOKENIZER)
+    assert found.tolist() == list(rows)
+    assert texts == [str(i) for i in rows]
