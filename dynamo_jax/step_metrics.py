@@ -55,10 +55,18 @@ def allocation_metrics(counts_P: np.ndarray, success_P: np.ndarray) -> dict[str,
 
 
 def rollout_metrics(pool: Pool, seconds: float) -> dict[str, float]:
-    """Rewards, lengths in tokens, and sampled tokens per second of sampling, of all that was sampled."""
+    """Rewards, lengths in tokens, and sampled tokens per second of sampling, of all that was sampled.
+
+    `reward/mean` weighs a prompt by its rollouts, so that an allocation which starves hard prompts raises it;
+    `reward/prompt_mean` weighs every prompt that has rollouts alike.
+    """
     rollouts = pool.rollouts
+    _, prompt_of_R = np.unique(pool.prompts.index_P[pool.prompt_of_R], return_inverse=True)
     return {
         "reward/mean": float(pool.reward_R.mean()),
+        "reward/prompt_mean": float(
+            np.mean(np.bincount(prompt_of_R, weights=pool.reward_R) / np.bincount(prompt_of_R))
+        ),
         "reward/right": float(pool.right_R.mean()),
         "reward/mixed_groups": float(mixed_groups(pool).mean()),  # the share that has a gradient
         "rollout/length_mean": float(rollouts.length_B.mean()),

@@ -53,6 +53,7 @@ def test_rollouts_by_hand() -> None:
     one.rollouts.ended_B[1] = False
     assert rollout_metrics(one, seconds=0.5) == {
         "reward/mean": pytest.approx(3 / 7),
+        "reward/prompt_mean": pytest.approx((0 + 1 / 3 + 1) / 3),
         "reward/right": pytest.approx(3 / 7),
         "reward/mixed_groups": pytest.approx(1 / 3),
         "rollout/length_mean": pytest.approx(17 / 7),
@@ -69,6 +70,16 @@ def test_mixed_groups_go_by_rewards() -> None:
     shaped = graded._replace(penalty_R=np.array([0, 0, 0, -0.5, 0, 0], np.float32))
     assert rollout_metrics(shaped, 1.0)["reward/mixed_groups"] == pytest.approx(2 / 3)
     assert rollout_metrics(shaped, 1.0)["reward/mean"] == rollout_metrics(graded, 1.0)["reward/mean"]
+
+
+def test_mean_over_prompts_does_not_know_the_allocation() -> None:
+    """Prompt 7, always right, got one rollout and then seven; prompt 3, always wrong, the others; prompt 5 got none."""
+    for easy in (1, 7):
+        one = pool([7, 3, 5], [0] * easy + [1] * (8 - easy), [1] * easy + [0] * (8 - easy), [0.5] * 3)
+        assert rollout_metrics(one, 1.0)["reward/prompt_mean"] == 0.5
+        assert rollout_metrics(one, 1.0)["reward/mean"] == easy / 8
+    twice = pool([7, 3, 7], [0, 1, 2, 2, 2], [1, 0, 0, 0, 0], [0.5] * 3)  # one prompt in two slots is one prompt
+    assert rollout_metrics(twice, 1.0)["reward/prompt_mean"] == (1 / 4 + 0) / 2
 
 
 def test_shares_are_those_of_all_rounds() -> None:

@@ -63,6 +63,7 @@ def test_run_folder_has_a_line_a_step_and_what_design_names(whole: Run) -> None:
         "reward/mean", "allocation/min", "allocation/max", "allocation/entropy", "objective/entropy",
         "objective/clip_fraction", "objective/kl_old_new", "objective/grad_norm", "modulation/comp_mean",
         "modulation/stab_mean", "rollout/length_mean", "rollout/truncated_fraction", "rollout/logp_drift",
+        "reward/prompt_mean",
     }  # fmt: skip
     assert all(named <= x.keys() for x in whole.metrics[1:])
     assert max(x["rollout/logp_drift"] for x in whole.metrics[1:]) < 1e-4
