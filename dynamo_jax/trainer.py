@@ -166,7 +166,8 @@ class Trainer:
             updates = to_host(updates)
 
         # What the step leaves behind: some of its rollouts, and its metrics.
-        shown = some_texts(pool.rollouts, c.logging.rollouts_per_step, self.task.tokenizer)
+        with self._phase("decode"):
+            shown = some_texts(pool.rollouts, c.logging.rollouts_per_step, self.task.tokenizer)
         self._samples = sample_lines(step, pool, *shown)
         skipped = self._count_skipped(step, updates)
         return {
@@ -188,16 +189,24 @@ class Trainer:
         return Draw(prompts, prompt_of_B, success_P)
 
     def _sample_and_grade(self, draw: Draw, key: jax.Array) -> Pool:
-        """One round: the rollouts that `draw` asks for, and their rewards."""
+        """One round: the rollouts that `draw` asks for, and their rewards.
+
+        Waiting for rollouts is `time/sample`, making text of them `time/decode`.
+        """
         prompts, prompt_of_R, success_P = draw
         pieces: list[Rollouts] = []
         judge = Judge(self.grading, self.task.verifier, self.task.tokenizer)
+        coming = self.sampler.pieces(self.state.params, prompts, prompt_of_R, key)
         answers = iter([prompts.answers[p] for p in prompt_of_R])
-        with self._phase("sample"):
-            for piece in self.sampler.pieces(self.state.params, prompts, prompt_of_R, key):
+        while True:
+            with self._phase("sample"):
+                piece = next(coming, None)
+            if piece is None:
+                break
+            with self._phase("decode"):
                 judge.add(piece, list(islice(answers, len(piece.length_B))))  # graded while the device goes on
-                pieces.append(piece)
-                self.stopping.check()
+            pieces.append(piece)
+            self.stopping.check()
         with self._phase("grade"):
             verdict_R, added_R = judge.result()
         self.stopping.check()
