@@ -68,8 +68,16 @@ class Pool(NamedTuple):
     prompts: PromptBatch
     prompt_of_R: np.ndarray  # int32, slot in `prompts`
     rollouts: Rollouts
-    right_R: np.ndarray  # bool, the verdict: what allocation and group statistics of right and wrong go by
+    right_R: np.ndarray  # bool, the verdict: what allocation goes by
     reward_R: np.ndarray  # float32: the verdict, or a graded reward
+    penalty_R: np.ndarray  # float32, not positive: what over-long rollouts lose
+    success_P: np.ndarray  # float32, success rate of each slot's prompt, as allocation expected it before the step
+
+    @property
+    def shaped_R(self) -> np.ndarray:
+        """float32 [R]: the rewards that advantages are made of."""
+        shaped_R: np.ndarray = self.reward_R + self.penalty_R
+        return shaped_R
 
 
 def train_batch(

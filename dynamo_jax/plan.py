@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from dynamo_jax.allocation.programs import AllocationPrograms
+from dynamo_jax.allocation.rules import RULES
 from dynamo_jax.batch import TokenStats, TrainBatch
 from dynamo_jax.config import Config
 from dynamo_jax.policy.build import decoder_config
@@ -43,7 +44,7 @@ COLUMNS = ("arguments", "outputs", "temporaries", "kept", "peak", "FLOPs", "byte
 # What the compiler lets a program use of a device's HBM, GiB: the figure in its own out-of-memory message.
 HBM_GIB = {"TPU v4": 15.25, "TPU v5": 95.73, "TPU v5 lite": 15.75, "TPU v6 lite": 31.24, "TPU7x": 94.74}
 
-# Rows of the success statistics if only the data would tell. They take 12 bytes a prompt.
+# Rows of the success statistics if only the data would tell. They take 16 bytes a prompt.
 UNKNOWN_PROMPTS = 100_000
 
 REMEDIES = {
@@ -165,8 +166,8 @@ def run_jobs(config: Config, mesh: Mesh) -> list[Job]:
     prompts = config.task.arithmetic.train_prompts if config.task.kind == "arithmetic" else UNKNOWN_PROMPTS
     programs = Programs(graph, abstract_params, config, mesh)
     a = config.allocation
-    features_NF = np.broadcast_to(np.float32(0), (prompts, a.vip.features)) if a.rule == "vip" else None
-    allocation = AllocationPrograms(a, prompts, config.rollout.budget, mesh, features_NF=features_NF)
+    features_NE = np.broadcast_to(np.float32(0), (prompts, a.vip.features)) if RULES[a.rule].features else None
+    allocation = AllocationPrograms(a, prompts, config.rollout.budget, mesh, features_NE=features_NE)
     return jobs(config, mesh, programs, allocation, *make_samplers(graph, config, special, mesh))
 
 
@@ -194,8 +195,8 @@ def jobs(
     step = host(weak_type=True)  # a Python integer
     index_P, reward_B = host(P), host(B, dtype=jnp.float32)
 
-    vip = config.allocation.vip
-    features = host(P, vip.features, dtype=jnp.float32) if config.allocation.rule == "vip" else None
+    a = config.allocation
+    features = host(P, a.vip.features, dtype=jnp.float32) if RULES[a.rule].features else None
 
     def mini_batch(M: int) -> tuple[TrainBatch, TokenStats]:
         int_M, float_M, random_M = split(M), split(M, dtype=jnp.float32), split(M, dtype=jnp.uint32)

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dynamo_jax.batch import Pool
+from dynamo_jax.config import Config
+from dynamo_jax.rounds import mixed_groups
 
 # Posterior mean success rates that divide prompts into hard, middle and easy ones.
 HARD, EASY = 1 / 3, 2 / 3
 
 
+def shares(sampled: Sequence[Pool]) -> tuple[np.ndarray, np.ndarray]:
+    """What each prompt got in all rounds of a step: rollouts, int, and its success rate before the step, float.
+
+    A prompt drawn by several rounds is one, and has the sum. One that a batch holds twice, where an epoch ends, is two:
+    that is how it was allocated.
+    """
+    counts: dict[tuple[int, int], int] = {}
+    success: dict[tuple[int, int], float] = {}
+    for one in sampled:
+        seen: Counter[int] = Counter()
+        of_slot = np.bincount(one.prompt_of_R, minlength=len(one.prompts.ids))
+        for index, n, rate in zip(one.prompts.index_P.tolist(), of_slot.tolist(), one.success_P.tolist(), strict=True):
+            prompt = index, seen[index]
+            seen[index] += 1
+            counts[prompt] = counts.get(prompt, 0) + n
+            success[prompt] = rate
+    return np.array(list(counts.values())), np.array(list(success.values()), np.float32)
+
+
 def allocation_metrics(counts_P: np.ndarray, success_P: np.ndarray) -> dict[str, float]:
-    """How B rollouts were shared: extremes, entropy of the shares (nats), and how many prompts of each kind got.
+    """How rollouts were shared: extremes, entropy of the shares (nats), and how many prompts of each kind got.
 
     `success_P` is each prompt's posterior mean success rate before the step. `allocation/mean_<kind>` is the mean
     rollouts of a prompt of that kind, 0 if the step had none.
     """
-    share_P = counts_P / counts_P.sum()
+    share_P = counts_P[counts_P > 0] / counts_P.sum()  # 0 log 0 = 0
     metrics = {
         "allocation/min": int(counts_P.min()),
         "allocation/max": int(counts_P.max()),
@@ -34,14 +56,20 @@ def allocation_metrics(counts_P: np.ndarray, success_P: np.ndarray) -> dict[str,
 
 
 def rollout_metrics(pool: Pool, seconds: float) -> dict[str, float]:
-    """Rewards, lengths in tokens, and sampled tokens per second of sampling, of all that was sampled."""
-    rollouts, counts = pool.rollouts, np.bincount(pool.prompt_of_R, minlength=len(pool.prompts.ids))
-    right = np.bincount(pool.prompt_of_R, weights=pool.right_R, minlength=len(pool.prompts.ids))
+    """Rewards, lengths in tokens, and sampled tokens per second of sampling, of all that was sampled.
+
+    `reward/mean` weighs a prompt by its rollouts, so that an allocation which starves hard prompts raises it;
+    `reward/prompt_mean` weighs every prompt that has rollouts alike.
+    """
+    rollouts = pool.rollouts
+    _, prompt_of_R = np.unique(pool.prompts.index_P[pool.prompt_of_R], return_inverse=True)
     return {
         "reward/mean": float(pool.reward_R.mean()),
+        "reward/prompt_mean": float(
+            np.mean(np.bincount(prompt_of_R, weights=pool.reward_R) / np.bincount(prompt_of_R))
+        ),
         "reward/right": float(pool.right_R.mean()),
-        # Only groups with right and wrong answers have a gradient.
-        "reward/mixed_groups": float(np.mean((right > 0) & (right < counts))),
+        "reward/mixed_groups": float(mixed_groups(pool).mean()),  # the share that has a gradient
         "rollout/length_mean": float(rollouts.length_B.mean()),
         "rollout/length_max": int(rollouts.length_B.max()),
         "rollout/truncated_fraction": float(1 - np.asarray(rollouts.ended_B).mean()),
@@ -50,9 +78,23 @@ def rollout_metrics(pool: Pool, seconds: float) -> dict[str, float]:
 
 
 def update_metrics(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """A step's metrics from those of its updates: extremes of what ends in `_max` or `_min`, means of all else."""
+    """A step's metrics from those of its updates: extremes of what ends in `_max` or `_min`, means of all else.
+
+    Updates that were skipped do not count, unless all were: then what is not finite shows.
+    """
     combine = {"max": np.max, "min": np.min}
+    counted = [update for update in updates if not not_finite(update)] or updates
     return {
-        name: float(combine.get(name.rpartition("_")[2], np.mean)([update[name] for update in updates]))
+        name: float(combine.get(name.rpartition("_")[2], np.mean)([update[name] for update in counted]))
         for name in updates[0]
     }
+
+
+def not_finite(update: Mapping[str, Any]) -> list[str]:
+    """Why an update with these metrics was skipped; nothing if it changed the policy."""
+    return [name for name in ("objective/loss", "objective/grad_norm") if not np.isfinite(update[name])]
+
+
+def shaping_metrics(config: Config, pool: Pool) -> dict[str, float]:
+    """The mean of what over-long rollouts lose, where they lose anything."""
+    return {"reward/overlong_penalty": float(pool.penalty_R.mean())} if config.objective.overlong.enabled else {}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -15,34 +16,22 @@ import numpy as np
 
 from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
-from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
+from dynamo_jax.batch import Pool, Rollouts, train_batch
 from dynamo_jax.config import Config
 from dynamo_jax.evaluation.scores import evaluate
 from dynamo_jax.hosts.peers import watched
 from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.hosts.watchdog import Watchdog
 from dynamo_jax.judge import Judge
-from dynamo_jax.objective import group_advantage, group_weight
+from dynamo_jax.objective import configured_penalty, group_advantage, group_weight
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf
 from dynamo_jax.policy.model import abstract_policy, init_policy, param_shardings
 from dynamo_jax.report import write_report
 from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import join
-from dynamo_jax.rounds import (
-    EMPTY,
-    merged,
-    padded_pool,
-    record_arrays,
-    round_metrics,
-    sample_lines,
-    shaped_rewards,
-    shaping_metrics,
-    slots,
-    trained_rows,
-    unfinished,
-    unsatisfied,
-)
+from dynamo_jax.rollout.text import some_texts
+from dynamo_jax.rounds import EMPTY, Draw, make_rounds, merged
 from dynamo_jax.run.agreement import check_same_run
 from dynamo_jax.run.bucket import locations
 from dynamo_jax.run.bucket_folder import open_run_folder
@@ -53,9 +42,17 @@ from dynamo_jax.run.metrics import ProgressBar, plain_numbers, setup_logging
 from dynamo_jax.run.profiling import Profile
 from dynamo_jax.run.stopping import Ending, Interrupted, Stopping
 from dynamo_jax.run.storage import TemporaryFailure, patiently
+from dynamo_jax.run.writer import sample_lines
 from dynamo_jax.run.xla_cache import XlaCache
 from dynamo_jax.sharding import agreed, make_mesh, of_process_0, sharding, start_devices, to_host, to_mesh, total
-from dynamo_jax.step_metrics import allocation_metrics, rollout_metrics, update_metrics
+from dynamo_jax.step_metrics import (
+    allocation_metrics,
+    not_finite,
+    rollout_metrics,
+    shaping_metrics,
+    shares,
+    update_metrics,
+)
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
@@ -124,11 +121,12 @@ class Trainer:
         self.programs = Programs(graph, abstract_params, c, mesh)
         self.allocation = make_allocation(c, task.train, mesh)
         self.sampler, self.eval_sampler = make_samplers(graph, c, task.tokenizer, mesh)
-        o = c.objective
+        self.rounds, o = make_rounds(c), c.objective
+        slots = self.rounds.slots
         self.advantage = jax.jit(
-            partial(group_advantage, num_prompts=slots(c), kind=o.advantage, positive_weight=o.positive_weight)
+            partial(group_advantage, num_prompts=slots, kind=o.advantage, positive_weight=o.positive_weight)
         )
-        self.weight = jax.jit(partial(group_weight, num_prompts=slots(c), kind=o.group_weight))
+        self.weight = jax.jit(partial(group_weight, num_prompts=slots, kind=o.group_weight))
         self.data = PromptIterator(
             task.train,
             batch=c.rollout.prompts,
@@ -147,15 +145,16 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """P prompts, B rollouts, their rewards, one or more updates. Returns the step's metrics."""
         c, killed = self.config, self.task.verifier.counts.get("killed", 0)
-        prompts = next(self.data)
-        counts_P, prompt_of_B, success_P = to_host(self.allocation.allocate(self.history, prompts.index_P, step))
-        rounds = [self._sample_and_grade(prompts, prompt_of_B, self._key(step, SAMPLE))]
-        while unfinished(c, rounds):  # never, unless the method samples in rounds
-            rounds.append(self._sample_again(step, rounds))
-        pool = merged(rounds)
+        # One round, or as many as the method asks for. A round's rollouts are graded as they come.
+        sampled: list[Pool] = []
+        while (draw := self.rounds.next(sampled, partial(self._draw, step))) is not None:
+            key = self._key(step, REFILL + len(sampled) if sampled else SAMPLE)
+            sampled.append(self._sample_and_grade(draw, key))
+        pool = merged(sampled)
 
+        # Which rollouts are trained on, what each is worth, and how likely its tokens are before the first update.
         with self._phase("score"):
-            rows_B = trained_rows(c, pool, self._random(step, CHOOSE))
+            rows_B = self.rounds.trained_rows(pool, self._random(step, CHOOSE))
             advantage_R, weight_R = self._advantages(pool, rows_B)
             random_R = self._random(step, SELECT).integers(2**32, size=len(advantage_R), dtype=np.uint32)
             order_B = self._random(step, PERMUTE).permutation(rows_B)
@@ -163,69 +162,89 @@ class Trainer:
                 to_mesh(train_batch(pool, advantage_R, weight_R, random_R, rows_M), sharding(self.mesh, "batch"))
                 for rows_M in order_B.reshape(-1, c.mini_batch)
             ]
-            scored = [self.programs.score(self.state.params, batch) for batch in batches]
+            scored = []
+            for batch in batches:
+                scored.append(self.programs.score(self.state.params, batch))
+                self._listen(scored[-1])
             drift = to_host([drift for _, drift in scored])
+        self.stopping.check()
 
+        # Eq. 29 and H are the current policy's; before a step's first update that is the one scored already.
+        self._updating = True
         with self._phase("update"):
             updates: list[dict[str, Any]] = []
             for batch, (old, _) in zip(batches, scored, strict=True):
-                # Eq. 29 and H are the current policy's; before a step's first update that is the one scored already.
                 now = self.programs.score(self.state.params, batch)[0] if updates else old
                 self.state, metrics = self.programs.update(self.state, batch, old, now)
                 updates.append(metrics)
-            for one in rounds:
-                self.history = self.allocation.record(self.history, *record_arrays(c, one), step)
+                self._listen(metrics)
+            for one in sampled:
+                self.history = self.allocation.record_pool(self.history, one, step)
             updates = to_host(updates)
+        self._updating = False
 
+        # What the step leaves behind: some of its rollouts, and its metrics.
+        with self._phase("decode"):
+            shown = some_texts(pool.rollouts, c.logging.rollouts_per_step, self.task.tokenizer)
+        self._samples = sample_lines(step, pool, *shown)
         skipped = self._count_skipped(step, updates)
-        self._samples = sample_lines(step, pool, c.logging.rollouts_per_step, self.task.tokenizer)
         return {
             **update_metrics(updates),
-            **allocation_metrics(counts_P, success_P),
+            **allocation_metrics(*shares(sampled)),
             **rollout_metrics(pool, self._seconds["sample"]),
-            **round_metrics(c, rounds, pool, rows_B),
+            **self.rounds.metrics(sampled, pool, rows_B),
             **shaping_metrics(c, pool),
             "verifier/killed": int(total(np.array(self.task.verifier.counts.get("killed", 0) - killed))),
             "objective/skipped_updates": skipped,
-            "rollout/logp_drift": float(max(drift)),
+            "rollout/logp_drift": float(np.max(drift)),
             "data/epoch": self.data.drawn / len(self.task.train),
         }
 
-    def _sample_and_grade(self, prompts: PromptBatch, prompt_of_R: np.ndarray, key: jax.Array) -> Pool:
-        """One round: a rollout for each entry of `prompt_of_R`, and its reward."""
+    def _draw(self, step: int) -> Draw:
+        """The next P prompts, and how they share B rollouts."""
+        prompts = next(self.data)
+        _, prompt_of_B, success_P = to_host(self.allocation.allocate(self.history, prompts.index_P, step))
+        return Draw(prompts, prompt_of_B, success_P)
+
+    def _sample_and_grade(self, draw: Draw, key: jax.Array) -> Pool:
+        """One round: the rollouts that `draw` asks for, and their rewards.
+
+        Waiting for rollouts is `time/sample`, making text of them `time/decode`.
+        """
+        prompts, prompt_of_R, success_P = draw
         pieces: list[Rollouts] = []
         judge = Judge(self.grading, self.task.verifier, self.task.tokenizer)
-        with self._phase("sample"):
-            for piece in self.sampler.pieces(self.state.params, prompts, prompt_of_R, key):
-                first = sum(len(before.length_B) for before in pieces)
-                slots_of_piece = prompt_of_R[first : first + len(piece.length_B)]
-                judge.add(piece, [prompts.answers[p] for p in slots_of_piece])  # graded while the device goes on
-                pieces.append(piece)
-                self.stopping.check()
+        coming = self.sampler.pieces(self.state.params, prompts, prompt_of_R, key)
+        answers = iter([prompts.answers[p] for p in prompt_of_R])
+        while True:
+            with self._phase("sample"):
+                piece = next(coming, None)
+            if piece is None:
+                break
+            with self._phase("decode"):
+                judge.add(piece, list(islice(answers, len(piece.length_B))))  # graded while the device goes on
+            pieces.append(piece)
+            self.stopping.check()
         with self._phase("grade"):
             verdict_R, added_R = judge.result()
         self.stopping.check()
-        return Pool(prompts, prompt_of_R, join(pieces), verdict_R > 0.5, verdict_R + added_R)
+        rollouts, reward_R = join(pieces), verdict_R + added_R
+        penalty_R = configured_penalty(rollouts.length_B, self.config)
+        return Pool(prompts, prompt_of_R, rollouts, verdict_R > 0.5, reward_R, penalty_R, success_P)
 
-    def _sample_again(self, step: int, rounds: list[Pool]) -> Pool:
-        """Another round, of new prompts (dynamic sampling) or of those that need more rollouts (`reinforce_ada`)."""
-        c = self.config
-        if c.rollout.dynamic_sampling.enabled:
-            prompts = next(self.data)
-            _, prompt_of_R, _ = to_host(self.allocation.allocate(self.history, prompts.index_P, step))
-        else:
-            prompts = rounds[0].prompts
-            prompt_of_R = np.repeat(np.flatnonzero(unsatisfied(c, rounds)), c.rollout.per_prompt)
-        return self._sample_and_grade(prompts, prompt_of_R, self._key(step, REFILL + len(rounds)))
+    def _listen(self, queued: Any) -> None:
+        """Where steps are slow, a signal is noticed between programs; elsewhere they queue up without waiting."""
+        if self._slow:
+            jax.block_until_ready(queued)
+            self.stopping.check()
 
     def _advantages(self, pool: Pool, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Group-relative advantage and weight in the loss of each rollout of the pool."""
-        c = self.config
-        reward_R, prompt_of_R = padded_pool(c, shaped_rewards(c, pool), pool.prompt_of_R)
+        reward_R, prompt_of_R = self.rounds.padded(pool.shaped_R, pool.prompt_of_R)
         advantage_R = np.asarray(self.advantage(reward_R, prompt_of_R))[: len(pool.reward_R)]
         weight_R = np.zeros_like(advantage_R)
         real_B = rows_B != EMPTY
-        weight_B = self.weight(np.where(real_B, pool.prompt_of_R[rows_B], slots(c)).astype(np.int32))
+        weight_B = self.weight(np.where(real_B, pool.prompt_of_R[rows_B], self.rounds.slots).astype(np.int32))
         weight_R[rows_B[real_B]] = np.asarray(weight_B)[real_B]
         return advantage_R, weight_R
 
@@ -359,7 +378,7 @@ class Trainer:
         self.keeper.write(step, metrics | self._times())
         if step:
             self._held_out = self._held_out if score is None else f"{score:.3f}"
-            shown = {"reward": f"{metrics['reward/mean']:.3f}", "held-out": self._held_out}
+            shown = {"reward": f"{metrics['reward/prompt_mean']:.3f}", "held-out": self._held_out}
             shown["tokens/s"] = f"{metrics['rollout/tokens_per_second']:.0f}"
             self.bar.update(step, {name: value for name, value in shown.items() if value})
         if score is not None:
@@ -383,13 +402,10 @@ class Trainer:
 
     def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
         """How many of the step's updates were skipped, each with a warning that names the metric and the step."""
-        skipped = 0
         for number, update in enumerate(updates, 1):
-            bad = [name for name in ("objective/loss", "objective/grad_norm") if not np.isfinite(update[name])]
-            skipped += bool(bad)
-            for name in bad:
+            for name in not_finite(update):
                 log.warning("step %d, update %d: %s is %s; the update is skipped", step, number, name, update[name])
-        return skipped
+        return sum(bool(not_finite(update)) for update in updates)
 
     def _key(self, step: int, stream: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.root, step), stream)

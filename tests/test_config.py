@@ -230,11 +230,21 @@ def test_base_that_cannot_be_used_is_named(tmp_path, text, words):
         ("objective.clip_cov={enabled: true, low: 5.0}", "objective.clip_cov.low"),
         ("objective.overlong.enabled=true", "objective.overlong.buffer"),
         ("objective.fork_fraction=1.0", "objective.fork_fraction"),
+        ("allocation.rule=released", "allocation.half_life"),
+        ("allocation={rule: released, half_life: 1e8}", "allocation.half_life"),
     ],
 )
 def test_methods_that_cannot_run_are_refused(tmp_path, override, key):
     with pytest.raises(ConfigError, match=rf"c\.yaml: {key} = "):
         load(tmp_path, MINIMAL, override)
+
+
+def test_counts_that_must_not_fade_say_how(tmp_path):
+    with pytest.raises(ConfigError, match=r"never fade.* Set allocation\.half_life=1e9\."):
+        load(tmp_path, MINIMAL, "allocation.rule=released")
+    lasting = load(tmp_path, MINIMAL, "allocation.rule=released", "allocation.half_life=1e9")
+    assert lasting.allocation.half_life == 1e9
+    load(tmp_path, MINIMAL, "allocation.half_life=1")  # other rules may forget as they like
 
 
 @pytest.mark.parametrize(

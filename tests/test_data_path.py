@@ -229,7 +229,7 @@ def test_train_batch_keeps_rows_together_under_any_permutation() -> None:
         mark_BC = np.stack([rows, rows + 1000], 1)
         rollouts = Rollouts(mark_BC, rows + 300, rows % 2 == 0, mark_BC / 7)
         order = rng.permutation(np.append(rows, [-1, -1]))[: rng.integers(1, len(rows) + 3)]  # -1: an empty row
-        pool = Pool(prompts, prompt_of_B, rollouts, rows > 0, rows * 0.0)
+        pool = Pool(prompts, prompt_of_B, rollouts, rows > 0, rows * 0.0, rows * 0.0, slots * 0.0)
         batch = train_batch(pool, rows + 0.5, rows + 0.25, rows + 400, order)
         for m, b in enumerate(order):
             p = prompt_of_B[max(b, 0)]

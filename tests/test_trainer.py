@@ -3,17 +3,27 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import yaml
-from small_runs import MESH, STEPS, Coin, Run, patched, run, timeless, write_config
+from small_runs import MESH, STEPS, Coin, Run, coin, patched, run, timeless, write_config
 
 from dynamo_jax import cli
 from dynamo_jax import trainer as loop
+from dynamo_jax.batch import PromptBatch, Rollouts
+from dynamo_jax.config import load_config
+from dynamo_jax.rounds import Draw
+from dynamo_jax.run.metrics import read_metrics
+from dynamo_jax.run.stopping import Stopping
+from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer
+from dynamo_jax.tasks.rewards import Grading
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -63,11 +73,47 @@ def test_run_folder_has_a_line_a_step_and_what_design_names(whole: Run) -> None:
         "reward/mean", "allocation/min", "allocation/max", "allocation/entropy", "objective/entropy",
         "objective/clip_fraction", "objective/kl_old_new", "objective/grad_norm", "modulation/comp_mean",
         "modulation/stab_mean", "rollout/length_mean", "rollout/truncated_fraction", "rollout/logp_drift",
+        "reward/prompt_mean",
     }  # fmt: skip
+    for line in read_metrics(whole.folder / "metrics.jsonl")[1:]:
+        assert {"time/sample", "time/decode", "time/grade", "time/score", "time/update"} <= line.keys()
     assert all(named <= x.keys() for x in whole.metrics[1:])
     assert max(x["rollout/logp_drift"] for x in whole.metrics[1:]) < 1e-4
     assert int(whole.trainer.state.updates) == 2 * STEPS
     assert any(x["reward/mixed_groups"] > 0.3 for x in whole.metrics[1:])
+
+
+def test_making_text_is_not_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pieces take two seconds each, a tokenizer ten for each of their five rollouts; the end is known after one."""
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+
+    class Slow(ArithmeticTokenizer):
+        def decode(self, ids: Sequence[int]) -> str:
+            clock[0] += 10
+            return super().decode(ids)
+
+    def pieces(*_: Any) -> Iterator[Rollouts]:
+        for n in (3, 2):
+            clock[0] += 2
+            yield Rollouts(np.full((n, 2), n + 1), np.full(n, 2, np.int32), np.zeros(n, bool), np.zeros((n, 2)))
+        clock[0] += 1
+
+    names = ("1", "22", "3")
+    prompts = PromptBatch(np.arange(3), np.zeros((3, 1)), np.ones(3), names, names, names)
+    trainer, verifier = loop.Trainer.__new__(loop.Trainer), Coin()
+    trainer.config = load_config(write_config(tmp_path / "run"))
+    trainer.task = SimpleNamespace(tokenizer=Slow(), verifier=verifier)
+    trainer.state, trainer.stopping = SimpleNamespace(params=None), Stopping()
+    trainer.sampler = SimpleNamespace(pieces=pieces)
+    trainer._seconds, trainer._known = {}, set()
+    with closing(Grading(verifier)) as trainer.grading:
+        draw = Draw(prompts, np.array([0, 0, 1, 1, 2]), np.full(3, 0.5, np.float32))
+        pool = trainer._sample_and_grade(draw, jax.random.key(0))
+    assert trainer._seconds == {"sample": 5.0, "decode": 50.0, "grade": 0.0}
+    outputs = [Slow().decode([n + 1] * 2) for n in (3, 3, 3, 2, 2)]
+    answers = [names[p] for p in pool.prompt_of_R]
+    assert pool.right_R.tolist() == [coin(output, gold) for output, gold in zip(outputs, answers, strict=True)]
 
 
 def test_second_update_of_a_step_is_modulated_by_the_policy_as_it_is_then(whole: Run) -> None:
@@ -182,7 +228,6 @@ def test_update_that_is_not_finite_is_skipped_counted_and_named(tmp_path: Path, 
     state = poisoned.trainer.state
     assert (int(state.updates), int(state.skipped)) == (5, 1)
     assert [x["objective/skipped_updates"] for x in poisoned.metrics[1:]] == [0, 1, 0]
-    assert poisoned.metrics[2]["objective/loss"] is None
-    assert np.isfinite(poisoned.metrics[3]["objective/loss"])
+    assert all(np.isfinite(x["objective/loss"]) for x in poisoned.metrics[1:])  # the mean of the updates that happened
     for name in ("objective/loss", "objective/grad_norm"):
         assert f"step 2, update {skipped - 1}: {name} is nan; the update is skipped" in messages

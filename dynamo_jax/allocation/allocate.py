@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-RULES = ("uniform", "bernoulli", "neyman")
+from dynamo_jax.allocation.rule import Known, Terms
+from dynamo_jax.allocation.stats import posterior_variance
+from dynamo_jax.config import AllocationConfig
+
+SIGMAS = ("uniform", "bernoulli", "neyman")
 
 _TOP_EXPONENT = 100  # sigma is scaled by a power of two to at most 2^100 ...
 _FLOOR = 1e-30  # ... and kept above this, so that root gains are normal float32 numbers over 60 decades of sigma
@@ -26,7 +30,7 @@ def sigma_for(rule: str, variance_P: jax.Array) -> jax.Array:
     2602.19208). `neyman`: its root, n proportional to the standard deviation, which minimises the total variance.
 
     Args:
-        rule: one of RULES.
+        rule: one of SIGMAS.
         variance_P: float [P].
 
     Returns:
@@ -41,7 +45,13 @@ def sigma_for(rule: str, variance_P: jax.Array) -> jax.Array:
         return variance_P
     if rule == "neyman":
         return jnp.sqrt(variance_P)
-    raise ValueError(f"sigma_for: rule = {rule!r}; choose one of {', '.join(RULES)}.")
+    raise ValueError(f"sigma_for: rule = {rule!r}; choose one of {', '.join(SIGMAS)}.")
+
+
+def variance_rule(sigma: str, known: Known, terms: Terms, config: AllocationConfig) -> jax.Array:
+    """The rules of `sigma_for`, by the posterior variance of each prompt's successes."""
+    variance_P = posterior_variance(known.successes_P, known.trials_P, config.prior)
+    return allocate(sigma_for(sigma, variance_P), *terms.bounds)
 
 
 def allocate(sigma: jax.Array, budget: int, low: int, high: int) -> jax.Array:
@@ -102,15 +112,15 @@ def allocate(sigma: jax.Array, budget: int, low: int, high: int) -> jax.Array:
     return low + certain_P + last_P
 
 
-def largest_steps(gain_SP: jax.Array, extra: jax.Array | int, least: jax.Array | None = None) -> jax.Array:
+def largest_steps(gain_UP: jax.Array, extra: jax.Array | int, least: jax.Array | None = None) -> jax.Array:
     """How many of each prompt's gains are among the `extra` largest of all; equal ones go to the lowest prompt.
 
-    If gains fall along S, these are the steps that maximise the total gain (each is taken before those after it). The
+    If gains fall along U, these are the steps that maximise the total gain (each is taken before those after it). The
     largest threshold that `extra` gains reach is found by bisection over float32 bit patterns.
 
     Args:
-        gain_SP: float32 [S, P], not negative.
-        extra: how many to take, at most S * P; may be traced.
+        gain_UP: float32 [U, P], not negative.
+        extra: how many to take, at most U * P; may be traced.
         least: a value that at least `extra` gains reach, to start from; None: their minimum.
 
     Returns:
@@ -118,16 +128,16 @@ def largest_steps(gain_SP: jax.Array, extra: jax.Array | int, least: jax.Array |
     """
 
     def steps_reaching(bits: jax.Array) -> jax.Array:
-        return jnp.sum(gain_SP >= _value(bits), axis=0, dtype=jnp.int32)
+        return jnp.sum(gain_UP >= _value(bits), axis=0, dtype=jnp.int32)
 
     def halve(interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         reached, missed = interval
         middle = reached + (missed - reached) // 2
-        number = jnp.sum(gain_SP >= _value(middle), dtype=jnp.int32)
+        number = jnp.sum(gain_UP >= _value(middle), dtype=jnp.int32)
         found = jnp.where(number == extra, middle + 1, missed)  # nothing is left to bisect
         return jnp.where(number >= extra, middle, reached), jnp.where(number >= extra, found, middle)
 
-    start = _pattern(jnp.min(gain_SP) if least is None else least), _pattern(jnp.max(gain_SP)) + 1
+    start = _pattern(jnp.min(gain_UP) if least is None else least), _pattern(jnp.max(gain_UP)) + 1
     bits, above = lax.while_loop(lambda i: i[1] - i[0] > 1, halve, start)
     certain_P = steps_reaching(above)
     tied_P, left = steps_reaching(bits) - certain_P, extra - jnp.sum(certain_P)

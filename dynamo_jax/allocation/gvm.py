@@ -4,6 +4,26 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from dynamo_jax.allocation.allocate import allocate
+from dynamo_jax.allocation.rule import Known, Terms
+from dynamo_jax.config import AllocationConfig
+
+
+def gvm_rule(known: Known, terms: Terms, config: AllocationConfig) -> jax.Array:
+    """`allocate` by `gvm_sigma`."""
+    g = config.gvm
+    return allocate(gvm_sigma(known.norm_P, known.successes_P, known.success_P, g.alpha, g.beta), *terms.bounds)
+
+
+def gradient_size(logp_RC: np.ndarray) -> np.ndarray:
+    """float [R]: sqrt(sum_t (1 - pi_t)^2) of each rollout, which `gvm_sigma` takes for the norm of its gradient.
+
+    Args:
+        logp_RC: log-probabilities of its tokens, nats; 0 on padding, which adds nothing.
+    """
+    return np.sqrt(np.sum(np.square(1.0 - np.exp(logp_RC)), axis=1))
 
 
 def gvm_sigma(
@@ -16,8 +36,8 @@ def gvm_sigma(
     G the mean gradient norm of log pi(y|x) over right rollouts y, p the success rate. The second term keeps hopeless
     prompts from taking everything. alpha and beta default to those of the authors' code.
 
-    Deviation: instead of a backward pass a rollout, G is the running mean of sqrt(sum_t (1 - pi_t)^2), pi_t the
-    probability of token t. A token's gradient with respect to its logits, e_t - pi, has norm between 1 - pi_t and
+    Deviation: instead of a backward pass a rollout, G is the running mean of `gradient_size`, pi_t the probability of
+    token t. A token's gradient with respect to its logits, e_t - pi, has norm between 1 - pi_t and
     sqrt(2) (1 - pi_t), so that this is within a factor of sqrt(2) below the norm of d log pi / d logits. What the
     logits' Jacobian adds is left out.
 

@@ -7,9 +7,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynamo_jax.allocation.allocate import check_budget, largest_steps
+from dynamo_jax.allocation.rule import Known, Terms
+from dynamo_jax.config import AllocationConfig
 from dynamo_jax.config.choices import KnapsackValue, check_choice
 
 _FLOOR = 1e-30
+
+
+def knapsack_rule(known: Known, terms: Terms, config: AllocationConfig) -> jax.Array:
+    """`knapsack` by expected success rates."""
+    return knapsack(known.success_P, *terms.bounds, config.knapsack.value)
 
 
 def knapsack(success: jax.Array, budget: int, low: int, high: int, value: KnapsackValue = "info_gain") -> jax.Array:
@@ -43,7 +50,7 @@ def knapsack(success: jax.Array, budget: int, low: int, high: int, value: Knapsa
 
 
 def _gains(p_P: jax.Array, low: int, width: int, value: KnapsackValue) -> jax.Array:
-    """float32 [S, P]: what the steps from low, low + 1, ... rollouts gain; falls along S."""
+    """float32 [U, P]: what the steps from low, low + 1, ... rollouts gain; falls along U."""
     p_P = jnp.where(p_P > 0, jnp.minimum(p_P, 1.0), 0.0)
     q_P = 1.0 - p_P
     value_P = p_P * q_P * q_P if value == "info_gain" else jnp.ones_like(p_P)
@@ -55,5 +62,5 @@ def _gains(p_P: jax.Array, low: int, width: int, value: KnapsackValue) -> jax.Ar
         return (p_n, q_n), jnp.maximum(value_P * (p_n * q_P + q_n * p_P), _FLOOR / n)
 
     n = jnp.arange(1, low + width, dtype=jnp.float32)
-    _, gain_SP = lax.scan(next_gain, (jnp.ones_like(p_P), jnp.ones_like(p_P)), n)
-    return gain_SP[low - 1 :]
+    _, gain_UP = lax.scan(next_gain, (jnp.ones_like(p_P), jnp.ones_like(p_P)), n)
+    return gain_UP[low - 1 :]

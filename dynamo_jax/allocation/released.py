@@ -9,7 +9,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from dynamo_jax.allocation.rule import Known, Terms
+from dynamo_jax.config import AllocationConfig
+
 _ELIGIBLE = 1e-8  # priorities up to this get nothing while others can take more
+
+
+def released_rule(known: Known, terms: Terms, config: AllocationConfig) -> np.ndarray:
+    """`released_allocate` by `released_priority`, of host arrays: the shares are proportions in float64."""
+    r = config.released
+    # Whole again, if a long half-life has taken a millionth.
+    successes_P, trials_P = np.rint(known.successes_P), np.rint(known.trials_P)
+    priority_P = released_priority(successes_P, trials_P, r.mastery, r.floor, r.minimum_samples)
+    return released_allocate(trials_P, priority_P, *terms.bounds, r.initial_budget).astype(np.int32)
 
 
 def released_allocate(

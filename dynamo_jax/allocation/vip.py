@@ -6,7 +6,7 @@ random Fourier features phi of an RBF kernel:
     g(x) = prior logit + phi(x) . w,   w ~ N(0, amplitude^2 I),   E[phi(x) . phi(y)] = exp(-|x - y|^2 / (2 length^2)).
 
 Deviations: the paper embeds prompts with a sentence encoder, which would have to be downloaded; `prompt_features`
-hashes tokens. The kernel is approximated, so that M x M numbers do, however many prompts there are.
+hashes tokens. The kernel is approximated, so that W x W numbers do, however many prompts there are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from dynamo_jax.allocation.allocate import check_budget, largest_steps, scaled
+from dynamo_jax.allocation.rule import Known, Terms
 from dynamo_jax.config import AllocationConfig
 
 _SEED = 2602  # of the Fourier features: part of the model, not of a run
@@ -28,8 +29,8 @@ _SEED = 2602  # of the Fourier features: part of the model, not of a run
 class GaussianProcess(NamedTuple):
     """What observations say about w, as of the last update: their precision and information, without the prior's."""
 
-    precision_MM: jax.Array  # float32, sum of phi phi^T / noise variance
-    information_M: jax.Array  # float32, sum of phi (observation - prior logit) / noise variance
+    precision_WW: jax.Array  # float32, sum of phi phi^T / noise variance
+    information_W: jax.Array  # float32, sum of phi (observation - prior logit) / noise variance
     last_step: jax.Array  # int32 scalar
 
 
@@ -41,10 +42,10 @@ def prompt_features(token_lists: Sequence[Sequence[int]], dim: int) -> np.ndarra
 
     Args:
         token_lists: token ids of each of N prompts.
-        dim: F, at least 2.
+        dim: E, at least 2.
 
     Returns:
-        float32 [N, F].
+        float32 [N, E].
 
     Raises ValueError if dim < 2 or there is no prompt.
     """
@@ -52,31 +53,31 @@ def prompt_features(token_lists: Sequence[Sequence[int]], dim: int) -> np.ndarra
         raise ValueError(
             f"prompt_features: dim = {dim}, {len(token_lists)} prompts; give dim >= 2 and at least one prompt."
         )
-    features_NF = np.zeros((len(token_lists), dim))
-    for row_F, tokens in zip(features_NF, token_lists, strict=True):
+    features_NE = np.zeros((len(token_lists), dim))
+    for row_E, tokens in zip(features_NE, token_lists, strict=True):
         one = np.asarray(tokens, np.uint64) + np.uint64(1)
         pairs = (one[:-1] << np.uint64(32)) | one[1:]
         grams, counts = np.unique(np.concatenate([one, pairs]), return_counts=True)
         hashed = _mixed(grams)
         sign = np.where(hashed >> np.uint64(63), 1.0, -1.0)
-        np.add.at(row_F, (hashed % np.uint64(dim - 1)).astype(np.int64), sign * np.log1p(counts))
-    features_NF /= np.maximum(np.linalg.norm(features_NF, axis=1, keepdims=True), 1e-12)
+        np.add.at(row_E, (hashed % np.uint64(dim - 1)).astype(np.int64), sign * np.log1p(counts))
+    features_NE /= np.maximum(np.linalg.norm(features_NE, axis=1, keepdims=True), 1e-12)
     length_N = np.log1p([len(tokens) for tokens in token_lists])
-    features_NF[:, -1] = (length_N - length_N.mean()) / max(length_N.std(), 1e-12)
-    return features_NF.astype(np.float32)
+    features_NE[:, -1] = (length_N - length_N.mean()) / max(length_N.std(), 1e-12)
+    return features_NE.astype(np.float32)
 
 
-def fourier_features(features_PF: jax.Array, fourier: int, length_scale: float) -> jax.Array:
-    """phi(x) = sqrt(2 / M) cos(x W + b), W normal with standard deviation 1 / length_scale, b uniform on a circle.
+def fourier_features(features_PE: jax.Array, fourier: int, length_scale: float) -> jax.Array:
+    """phi(x) = sqrt(2 / W) cos(x omega + b), omega normal with deviation 1 / length_scale, b uniform on a circle.
 
     Returns:
-        float32 [P, M], M = fourier.
+        float32 [P, W], W = fourier.
     """
     rng = np.random.default_rng(_SEED)
-    frequency_FM = np.float32(rng.normal(size=(features_PF.shape[1], fourier)) / length_scale)
-    phase_M = np.float32(rng.uniform(0.0, 2.0 * np.pi, fourier))
-    angle_PM = jnp.matmul(features_PF, frequency_FM, precision=lax.Precision.HIGHEST) + phase_M
-    return np.sqrt(2.0 / fourier).astype(np.float32) * jnp.cos(angle_PM)
+    frequency_EW = np.float32(rng.normal(size=(features_PE.shape[1], fourier)) / length_scale)
+    phase_W = np.float32(rng.uniform(0.0, 2.0 * np.pi, fourier))
+    angle_PW = jnp.matmul(features_PE, frequency_EW, precision=lax.Precision.HIGHEST) + phase_W
+    return np.sqrt(2.0 / fourier).astype(np.float32) * jnp.cos(angle_PW)
 
 
 def init_gp(fourier: int) -> GaussianProcess:
@@ -85,17 +86,17 @@ def init_gp(fourier: int) -> GaussianProcess:
     return GaussianProcess(zeros, jnp.zeros(fourier, jnp.float32), jnp.int32(0))
 
 
-def predict(gp: GaussianProcess, phi_PM: jax.Array, step: jax.Array | int, config: AllocationConfig) -> jax.Array:
+def predict(gp: GaussianProcess, phi_PW: jax.Array, step: jax.Array | int, config: AllocationConfig) -> jax.Array:
     """float32 [P]: sigmoid of the posterior mean of g. Without observations, or long after, the prior's mean rate."""
-    precision_MM, information_M = _faded(gp, step, config.half_life)
-    posterior_MM = precision_MM + jnp.eye(phi_PM.shape[1], dtype=jnp.float32) / config.vip.amplitude**2
-    weight_M = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(posterior_MM), information_M)
-    return jax.nn.sigmoid(_prior_logit(config) + jnp.matmul(phi_PM, weight_M, precision=lax.Precision.HIGHEST))
+    precision_WW, information_W = _faded(gp, step, config.half_life)
+    posterior_WW = precision_WW + jnp.eye(phi_PW.shape[1], dtype=jnp.float32) / config.vip.amplitude**2
+    weight_W = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(posterior_WW), information_W)
+    return jax.nn.sigmoid(_prior_logit(config) + jnp.matmul(phi_PW, weight_W, precision=lax.Precision.HIGHEST))
 
 
 def observe(
     gp: GaussianProcess,
-    phi_PM: jax.Array,
+    phi_PW: jax.Array,
     right_P: jax.Array,
     trials_P: jax.Array,
     step: jax.Array | int,
@@ -107,22 +108,27 @@ def observe(
     variance 1 / (n r (1 - r)) (delta method). Prompts with n = 0 add nothing.
 
     Args:
-        phi_PM: Fourier features of the step's prompts.
+        phi_PW: Fourier features of the step's prompts.
         right_P, trials_P: float [P], k and n.
         step: the present one, int32 scalar.
     """
     a, b = config.prior
     rate_P = (right_P + a) / (trials_P + a + b)
     certainty_P = trials_P * rate_P * (1.0 - rate_P)
-    weighted_PM = phi_PM * certainty_P[:, None]
+    weighted_PW = phi_PW * certainty_P[:, None]
     above_P = jnp.log(rate_P) - jnp.log1p(-rate_P) - _prior_logit(config)
-    precision_MM, information_M = _faded(gp, step, config.half_life)
+    precision_WW, information_W = _faded(gp, step, config.half_life)
     high = lax.Precision.HIGHEST
     return GaussianProcess(
-        precision_MM + jnp.matmul(weighted_PM.T, phi_PM, precision=high),
-        information_M + jnp.matmul(above_P, weighted_PM, precision=high),
+        precision_WW + jnp.matmul(weighted_PW.T, phi_PW, precision=high),
+        information_W + jnp.matmul(above_P, weighted_PW, precision=high),
         jnp.asarray(step, jnp.int32),
     )
+
+
+def vip_rule(known: Known, terms: Terms, config: AllocationConfig) -> jax.Array:
+    """`vip` by the success rates that the Gaussian process predicts."""
+    return vip(known.success_P, *terms)
 
 
 def vip(success: jax.Array, budget: int, low: int, high: int, advantage: str) -> jax.Array:
@@ -150,13 +156,13 @@ def vip(success: jax.Array, budget: int, low: int, high: int, advantage: str) ->
     if width == 0:
         return jnp.full_like(p_P, low, jnp.int32)
     n = np.arange(low, low + width, dtype=np.float64)
-    gain_S = 1.0 / (n * (n + 1.0))
+    gain_U = 1.0 / (n * (n + 1.0))
     if advantage == "rloo":
-        gain_S = 1.0 / (n * (n - 1.0))
+        gain_U = 1.0 / (n * (n - 1.0))
     elif advantage == "dr_grpo":
-        gain_S = (n * n - n - 1.0) / np.square(n * (n + 1.0))
+        gain_U = (n * n - n - 1.0) / np.square(n * (n + 1.0))
     sigma_P = scaled(jnp.sqrt(p_P * (1.0 - p_P)))
-    return low + largest_steps(sigma_P * np.sqrt(gain_S).astype(np.float32)[:, None], budget - p_P.shape[0] * low)
+    return low + largest_steps(sigma_P * np.sqrt(gain_U).astype(np.float32)[:, None], budget - p_P.shape[0] * low)
 
 
 def _prior_logit(config: AllocationConfig) -> float:
@@ -166,7 +172,7 @@ def _prior_logit(config: AllocationConfig) -> float:
 
 def _faded(gp: GaussianProcess, step: jax.Array | int, half_life: float) -> tuple[jax.Array, jax.Array]:
     factor = jnp.exp2(-jnp.maximum(step - gp.last_step, 0).astype(jnp.float32) / half_life)
-    return gp.precision_MM * factor, gp.information_M * factor
+    return gp.precision_WW * factor, gp.information_W * factor
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:

@@ -9,6 +9,9 @@ from dynamo_jax.config.tree import ArchitectureConfig, Config, MeshConfig
 Problem = tuple[str, Any, str, str]  # key, value, why it is impossible, remedy
 
 
+LASTING = 1e9  # steps; ten thousand rollouts of a prompt, rounded, are still all there after fifty thousand
+
+
 def impossible(c: Config) -> list[Problem]:
     """Every combination of valid values that cannot run."""
     return [
@@ -63,6 +66,9 @@ def _allocation_problems(c: Config) -> list[Problem]:
         why = f"exploration takes the whole budget of {per_prompt} rollouts a prompt and leaves other prompts with none"
         remedy = f"Lower it to at most {per_prompt}."
         problems.append(("allocation.released.initial_budget", a.released.initial_budget, why, remedy))
+    if a.rule == "released" and a.half_life < LASTING:
+        why = "the counts of the released rule never fade; these would be forgotten as the run goes on"
+        problems.append(("allocation.half_life", a.half_life, why, "Set allocation.half_life=1e9."))
     if a.rule == "reinforce_ada" and per_prompt < 2:
         why = "reinforce_ada looks for a right and a wrong answer to every prompt"
         problems.append(("rollout.per_prompt", per_prompt, why, "Set rollout.per_prompt=2 or more."))

@@ -158,7 +158,7 @@ class GVMConfig:
 
 @dataclass(frozen=True, config=_strict)
 class ReleasedConfig:
-    """The authors' released rule. See `allocation/released.py`. Its counts never fade: set a half_life of 1e9."""
+    """The authors' released rule. See `allocation/released.py`. Its counts never fade: it needs a half_life of 1e9."""
 
     initial_budget: NonNegativeInt = 4  # rollouts that a prompt gets before its priority counts
     mastery: PositiveFloat = 0.85  # success rate from which a prompt has the floor as its priority
@@ -367,13 +367,6 @@ class Config:
     def micro_batch(self) -> int:
         """Rollouts in one forward and backward pass."""
         return self.trainer.micro_batch or self.mini_batch
-
-    @property
-    def max_rounds(self) -> int:
-        """Rounds of sampling that one step may take. See `rounds.py`."""
-        if self.rollout.dynamic_sampling.enabled:
-            return 1 + self.rollout.dynamic_sampling.max_refills
-        return self.allocation.reinforce_ada.max_rounds if self.allocation.rule == "reinforce_ada" else 1
 
     @property
     def rollout_batch(self) -> int:

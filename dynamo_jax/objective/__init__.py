@@ -12,13 +12,14 @@ from dynamo_jax.objective.selection import (
     largest,
     token_priority,
 )
-from dynamo_jax.objective.shaping import entropy_advantage, overlong_penalty
+from dynamo_jax.objective.shaping import configured_penalty, entropy_advantage, overlong_penalty
 
 __all__ = [
     "Clip",
     "Denominators",
     "TokenTerms",
     "clip_cov_tokens",
+    "configured_penalty",
     "covariance",
     "denominators",
     "entropy_advantage",

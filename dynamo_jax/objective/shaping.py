@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dynamo_jax.config import Config
+
 IntArray = TypeVar("IntArray", np.ndarray, jax.Array)
 
 
@@ -33,6 +35,14 @@ def overlong_penalty(length: IntArray, max_tokens: int, buffer: int, factor: flo
     if factor < 0:
         raise ValueError(f"overlong_penalty: factor = {factor}; it must not be negative: it is subtracted.")
     return (max_tokens - buffer - length).clip(-buffer, 0).astype(np.float32) / buffer * factor
+
+
+def configured_penalty(lengths: jax.Array | np.ndarray, config: Config) -> np.ndarray:
+    """float32 [R]: `overlong_penalty` of rollouts of so many tokens, by `objective.overlong`; 0 if that is off."""
+    o, length_R = config.objective.overlong, np.asarray(lengths)
+    if not o.enabled:
+        return np.zeros(length_R.shape, np.float32)
+    return np.asarray(overlong_penalty(length_R, config.rollout.max_tokens, o.buffer, o.factor), np.float32)
 
 
 def entropy_advantage(

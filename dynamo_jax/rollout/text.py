@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
+
 from dynamo_jax.batch import Rollouts
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
@@ -19,3 +22,10 @@ def decode_rollouts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
         end = int(length) - 1 if ended and int(ids[length - 1]) in stop else int(length)
         texts.append(tokenizer.decode([int(i) for i in ids[:end]]))
     return texts
+
+
+def some_texts(rollouts: Rollouts, count: int, tokenizer: Tokenizer) -> tuple[np.ndarray, list[str]]:
+    """Rows of `count` rollouts (host arrays), evenly spaced, or of all if there are fewer; and the text of each."""
+    R = len(rollouts.length_B)
+    rows = np.linspace(0, R - 1, min(count, R)).astype(int)
+    return rows, decode_rollouts(jax.tree.map(lambda x: x[rows], rollouts), tokenizer)

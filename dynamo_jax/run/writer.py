@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dynamo_jax.batch import Pool
 from dynamo_jax.config import Config, resolved
 from dynamo_jax.run.folder import RunFolder, Status, write_atomic
 from dynamo_jax.run.metrics import MetricsLog
@@ -52,6 +56,27 @@ class RunWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.metrics.__exit__(kind)
+
+
+def sample_lines(step: int, pool: Pool, rows: np.ndarray, texts: Sequence[str]) -> str:
+    """JSON lines of the pool's rollouts `rows`, whose texts are `texts`, each with its prompt and reward."""
+    lines = []
+    for r, text in zip(rows.tolist(), texts, strict=True):
+        p = int(pool.prompt_of_R[r])
+        row = {
+            "step": step,
+            "rollout": r,
+            "prompt_id": pool.prompts.ids[p],
+            "prompt": pool.prompts.texts[p],
+            "text": text,
+            "answer": pool.prompts.answers[p],
+            "right": bool(pool.right_R[r]),
+            "reward": float(pool.reward_R[r]),
+            "length": int(pool.rollouts.length_B[r]),
+            "ended": bool(pool.rollouts.ended_B[r]),
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 class RolloutFiles:

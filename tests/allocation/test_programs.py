@@ -2,15 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynamo_jax.allocation import PromptStats, prompt_features, released_allocate, released_priority
+from dynamo_jax.allocation import RULES, PromptStats, Rule, prompt_features, released_allocate, released_priority
 from dynamo_jax.allocation.programs import AllocationPrograms, AllocationState
-from dynamo_jax.config import AllocationConfig, MeshConfig
+from dynamo_jax.batch import Pool, PromptBatch, Rollouts
+from dynamo_jax.config import AllocationConfig, MeshConfig, tree
 from dynamo_jax.config.tree import VIPConfig
 from dynamo_jax.run.checkpoint import Checkpointer
 from dynamo_jax.sharding import make_mesh
@@ -19,15 +21,14 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 N, P, B = 40, 8, 64
 CONFIG = AllocationConfig(low=2, high=24, half_life=20.0, vip=VIPConfig(features=16, fourier=32))
-RULES = get_args(get_type_hints(AllocationConfig)["rule"])
 EIGHT = MeshConfig(2, 2, 2)
 
 
 def programs(rule: str = "bernoulli", mesh: MeshConfig = MeshConfig(), **changes: Any) -> AllocationPrograms:  # noqa: B008
     config = dataclasses.replace(CONFIG, rule=rule, **changes)
     tokens = [[i % 7, i // 7, 3] + [1] * (i % 5) for i in range(N)]
-    features_NF = prompt_features(tokens, config.vip.features) if rule == "vip" else None
-    return AllocationPrograms(config, N, B, make_mesh(mesh, jax.devices()[: mesh.size]), features_NF=features_NF)
+    features_NE = prompt_features(tokens, config.vip.features) if RULES[rule].features else None
+    return AllocationPrograms(config, N, B, make_mesh(mesh, jax.devices()[: mesh.size]), features_NE=features_NE)
 
 
 def history(rates: Any, trials: float) -> AllocationState:
@@ -50,6 +51,33 @@ def run(p: AllocationPrograms, steps: int, seed: int = 0) -> list[Any]:
         stats = p.record(stats, index_P, prompt_of_B, reward_B, norm_B, step)
         seen.append((index_P, counts_P, prompt_of_B, success_P, reward_B))
     return [*seen, jax.device_get(stats), rate_N]
+
+
+def test_the_table_and_the_config_name_the_same_rules() -> None:
+    assert set(RULES) == set(get_args(tree.Rule))
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_an_entry_makes_a_rule(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced or with numpy: what the function answers is what prompts get. Here: all to the least solved one."""
+
+    def to_the_hardest(known: Any, terms: Any, config: AllocationConfig) -> Any:
+        assert isinstance(known.success_P, np.ndarray if on_host else jax.Array)
+        xp = np if on_host else jnp
+        best_P = xp.arange(known.success_P.shape[0]) == xp.argmin(known.success_P)
+        return xp.where(best_P, terms.budget - (P - 1) * terms.low, terms.low).astype(xp.int32)
+
+    monkeypatch.setitem(RULES, "hardest", Rule(to_the_hardest, on_host=on_host))
+    config = dataclasses.replace(CONFIG)
+    object.__setattr__(config, "rule", "hardest")  # the config's own list has no such name
+    p = AllocationPrograms(config, N, B, make_mesh(MeshConfig(), jax.devices()[:1]))
+    for hardest in (2, 5):
+        found = p.allocate(history(np.where(np.arange(P) == hardest, 0.1, 0.6), 10.0), np.arange(P, dtype=np.int32), 1)
+        counts_P = np.where(np.arange(P) == hardest, B - (P - 1) * 2, 2)
+        np.testing.assert_array_equal(found.counts_P, counts_P)
+        np.testing.assert_array_equal(found.prompt_of_B, np.repeat(np.arange(P), counts_P))
+        assert found.success_P.argmin() == hardest
+    assert p.traces["allocate"] == 1
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -137,7 +165,7 @@ def test_padding_teaches_nothing(rule: str) -> None:
     for found, expected in zip(nothing.prompts[:3], p.init().prompts[:3], strict=True):
         np.testing.assert_array_equal(found, expected)
     if nothing.gp is not None:
-        assert not nothing.gp.precision_MM.any()
+        assert not nothing.gp.precision_WW.any()
 
 
 def test_released_is_the_released_rule() -> None:
@@ -165,11 +193,35 @@ def test_gvm_gives_more_where_gradients_are_large() -> None:
         p.record(stats, index_P, prompt_of_B, reward_B, None, 2)
 
 
+def test_what_is_recorded_of_a_round() -> None:
+    """Rounds of any size, one trace; verdicts, not rewards; gvm also how large gradients are."""
+    index_P, names = np.arange(4, 4 + P, dtype=np.int32), tuple("abcdefgh")
+    prompts = PromptBatch(index_P, index_P[:, None], index_P, names, names, names)
+    logp = np.float32([[-0.5, -0.5], [-0.5, 0], [-0.5, -0.5], [-0.5, -0.5]])  # 0 is padding
+    rollouts = Rollouts(np.zeros((4, 2), np.int32), np.ones(4, np.int32), np.ones(4, bool), logp)
+    right = np.array([True, True, False, True])
+    none = np.zeros(4, np.float32)
+    pool = Pool(prompts, np.array([0, 1, 1, 6]), rollouts, right, right - np.float32(0.6), none, np.zeros(P))
+    for rule in ("bernoulli", "gvm"):
+        p = programs(rule)
+        stats = p.record_pool(p.init(), pool, 3)
+        for name, expected in (("successes_N", [1, 1, 1]), ("trials_N", [1, 2, 1])):
+            found_N = np.asarray(getattr(stats.prompts, name))
+            assert found_N[[4, 5, 10]].tolist() == expected
+            assert found_N.sum() == sum(expected)
+        # A token of log-prob -1/2: 1 - e^-1/2 = 0.3935; two of them: sqrt(2) times that.
+        norms = np.array([0.5565, 0.3935, 0.5565]) if rule == "gvm" else np.zeros(3)
+        np.testing.assert_allclose(np.asarray(stats.prompts.norm_N)[[4, 5, 10]], norms, atol=1e-3)
+        full = pool._replace(prompt_of_R=np.repeat(np.arange(P), B // P), right_R=np.resize(right, B))
+        p.record_pool(stats, full._replace(rollouts=rollouts._replace(logp_BC=np.resize(logp, (B, 2)))), 4)
+        assert p.traces["record"] == 1
+
+
 def test_vip_needs_features() -> None:
     config = dataclasses.replace(CONFIG, rule="vip")
-    for features_NF in (None, np.zeros((N - 1, 4), np.float32)):
+    for features_NE in (None, np.zeros((N - 1, 4), np.float32)):
         with pytest.raises(ValueError, match="needs features of all 40 prompts"):
-            AllocationPrograms(config, N, B, make_mesh(MeshConfig(), jax.devices()[:1]), features_NF=features_NF)
+            AllocationPrograms(config, N, B, make_mesh(MeshConfig(), jax.devices()[:1]), features_NE=features_NE)
 
 
 def test_reinforce_ada_needs_an_even_first_round() -> None:

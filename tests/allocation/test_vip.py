@@ -64,14 +64,14 @@ def test_nothing_known_is_the_prior() -> None:
     config = dataclasses.replace(CONFIG, prior=(1.0, 3.0))
     np.testing.assert_allclose(predict(init_gp(8), phi, 5, config), 0.25, rtol=1e-6)
     nothing = observe(init_gp(8), phi, jnp.zeros(3), jnp.zeros(3), 7, config)
-    assert not nothing.precision_MM.any()
+    assert not nothing.precision_WW.any()
     assert nothing.last_step == 7
 
 
 def test_one_feature_by_hand() -> None:
     """phi = 1, 3 of 4 right under Beta(1, 1): r = 4/6, precision 4 (2/3)(1/3) = 8/9, prior precision 1/4."""
     gp = observe(init_gp(1), jnp.ones((1, 1)), jnp.array([3.0]), jnp.array([4.0]), 0, CONFIG)
-    np.testing.assert_allclose(gp.precision_MM, 8 / 9, rtol=1e-6)
+    np.testing.assert_allclose(gp.precision_WW, 8 / 9, rtol=1e-6)
     latent = np.log(2.0) * (8 / 9) / (8 / 9 + 1 / 4)
     np.testing.assert_allclose(predict(gp, jnp.ones((1, 1)), 0, CONFIG), 1 / (1 + np.exp(-latent)), rtol=1e-6)
     # A half-life later the data weigh half.

@@ -1,13 +1,16 @@
 """The text that is graded."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
+import pytest
 
 from dynamo_jax.batch import PromptBatch, Rollouts
 from dynamo_jax.config import ArchitectureConfig, MeshConfig
 from dynamo_jax.policy import DecoderConfig, abstract_policy, init_policy
 from dynamo_jax.rollout.sampler import Sampler, SamplerConfig
-from dynamo_jax.rollout.text import decode_rollouts
+from dynamo_jax.rollout.text import decode_rollouts, some_texts
 from dynamo_jax.sharding import make_mesh
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, grade
 from dynamo_jax.tasks.tokenizer import UNKNOWN_ID
@@ -88,3 +91,11 @@ def test_an_answer_is_not_read_across_an_id_without_a_token():
     [text] = decode_rollouts(rollouts(([*TOKENIZER.encode("7"), 40, *TOKENIZER.encode("4"), EOS], True)), TOKENIZER)
     assert text == f"7{UNKNOWN_ID}4"
     assert not grade(text, "74")
+
+
+@pytest.mark.parametrize(("count", "rows"), [(0, []), (1, [0]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4]), (9, range(5))])
+def test_some_are_evenly_spaced(count: int, rows: Sequence[int]) -> None:
+    batch = rollouts(*(([*TOKENIZER.encode(str(i)), EOS], True) for i in range(5)))
+    found, texts = some_texts(batch, count, TOKENIZER)
+    assert found.tolist() == list(rows)
+    assert texts == [str(i) for i in rows]

@@ -1,14 +1,34 @@
 """The newest rollout files are kept, whatever a killed run left."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dynamo_jax.run.writer import RolloutFiles
+from dynamo_jax.batch import Pool, PromptBatch, Rollouts
+from dynamo_jax.run.writer import RolloutFiles, sample_lines
 
 
 def names(folder: Path) -> list[int]:
     return sorted(int(path.stem[5:]) for path in (folder / "rollouts").iterdir())
+
+
+def test_each_sample_is_of_its_own_prompt():
+    slots = np.arange(2, dtype=np.int32)
+    prompts = PromptBatch(slots, slots[:, None], slots, ("a", "b"), ("1+1", "2+2"), ("2", "4"))
+    rollouts = Rollouts(np.zeros((4, 3), np.int32), np.array([1, 2, 3, 3]), np.array([True, True, True, False]), None)
+    reward_R, none = np.float32([0.25, 1, 0, 0.5]), np.zeros(4, np.float32)
+    pool = Pool(prompts, np.array([1, 0, 0, 1]), rollouts, reward_R > 0.4, reward_R, none - 1, none[:2])
+    lines = sample_lines(7, pool, np.array([0, 3]), ["four", "vier\u00e4"])
+    assert "\u00e4" in lines
+    first, second = map(json.loads, lines.splitlines())
+    assert first == {
+        "step": 7, "rollout": 0, "prompt_id": "b", "prompt": "2+2", "text": "four", "answer": "4", "right": False,
+        "reward": 0.25, "length": 1, "ended": True,
+    }  # fmt: skip
+    assert (second["rollout"], second["text"], second["right"], second["ended"]) == (3, "vier\u00e4", True, False)
+    assert sample_lines(7, pool, np.array([], int), []) == ""
 
 
 @pytest.mark.parametrize(
