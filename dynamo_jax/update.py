@@ -7,6 +7,7 @@ over the whole mini-batch, so the micro-batch size and the mesh change the time 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from dynamo_jax.kernels import token_stats
 from dynamo_jax.objective import denominators, policy_loss
 from dynamo_jax.objective.terms import Metrics, clip_of, token_terms
 from dynamo_jax.policy.model import Decoder, param_shardings
+from dynamo_jax.policy.params import PARAMS, param_name
 from dynamo_jax.sharding import sharding
 
 
@@ -65,14 +67,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def _decay_matrices(rate: float) -> optax.GradientTransformation:
     """Adds rate * p to the change of each parameter p that decays. (`optax.masked` would change the state's tree.)"""
 
-    def decays(path: tuple[Any, ...]) -> bool:
-        # By name: a stacked norm has two dimensions, as a matrix has.
-        return not any(str(getattr(key, "key", "")).endswith(("norm", "_bias")) for key in path)
+    def add(path: tuple[Any, ...], change: jax.Array, param: jax.Array) -> jax.Array:
+        return change + rate * param if PARAMS[param_name(path)].decays else change
 
-    def add(changes: Any, params: Any) -> Any:
-        return jax.tree.map_with_path(lambda path, u, p: u + rate * p if decays(path) else u, changes, params)
-
-    return optax.stateless(add)
+    return optax.stateless(partial(jax.tree.map_with_path, add))
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
