@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import jax
 import numpy as np
 
-from dynamo_jax.hosts.progress import PROGRESS
+from dynamo_jax.evaluation.draw import graded_pieces
 from dynamo_jax.rollout.sampler import Sampler
-from dynamo_jax.rollout.text import decode_rollouts
-from dynamo_jax.sharding import own_share, total
-from dynamo_jax.tasks.grading.extract import extract
-from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
-from dynamo_jax.tasks.rewards import Grader, verdict_of
+from dynamo_jax.tasks.prompts import PromptSet
+from dynamo_jax.tasks.rewards import Grader, Grading, verdict_of
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
 RESAMPLES = 1000
@@ -74,29 +72,22 @@ def evaluate(
     tokenizer: Tokenizer,
     verifier: Grader,
     max_prompt_tokens: int,
+    *,
+    each_piece: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Sample every problem `samples` times and grade. The same parameters and key give the same evaluation."""
-    batch = pad_prompts(prompts.prompts, max_prompt_tokens, tokenizer.pad_id)
-    prompt_of_B = np.repeat(np.arange(len(prompts)), samples)
-    rollouts = sampler.sample(params, batch, prompt_of_B, key)
-    share = own_share(len(prompt_of_B))  # every process decodes and grades its own
-    judged_2B = np.zeros((2, len(prompt_of_B)), np.int32)
-    with PROGRESS.doing("grade the evaluation", patient=True):  # one process may have all the answers that take long
-        texts = decode_rollouts(jax.tree.map(lambda x: x[share], rollouts), tokenizer)
-        pairs = list(zip(texts, (batch.answers[p] for p in prompt_of_B[share]), strict=True))
-        judged_2B[0, share] = right(verifier, pairs)
-        judged_2B[1, share] = [extract(text) is None for text in texts]
-    correct_B, no_answer_B = total(judged_2B).astype(bool)
+    """Sample every problem `samples` times and grade. The same parameters and key give the same evaluation.
+
+    Of the samples only lengths and verdicts are kept. `each_piece` is called after each piece of them and may raise.
+    """
+    with closing(Grading(verdict_of(verifier))) as grading:
+        pieces = graded_pieces(
+            sampler, params, prompts, samples, key, tokenizer, grading, max_prompt_tokens, each_piece=each_piece
+        )  # fmt: skip
+        kept = [(p.correct_B, p.answered_B, p.rollouts.length_B, p.rollouts.ended_B) for p in pieces]
     shape = (len(prompts), samples)
-    return Evaluation(
-        name=prompts.name,
-        ids=batch.ids,
-        samples=samples,
-        correct=correct_B.reshape(shape),
-        length=np.asarray(rollouts.length_B).reshape(shape),
-        truncated=~np.asarray(rollouts.ended_B).reshape(shape),
-        no_answer=no_answer_B.reshape(shape),
-    )
+    correct, answered, length, ended = (np.concatenate(x).reshape(shape) for x in zip(*kept, strict=True))
+    ids = tuple(prompt.id for prompt in prompts.prompts)
+    return Evaluation(prompts.name, ids, samples, correct, length, ~ended, ~answered)
 
 
 def right(verifier: Grader, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
