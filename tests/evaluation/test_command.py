@@ -117,6 +117,73 @@ def test_an_evaluation_goes_on_where_it_was_stopped(capsys, tmp_path, trained, m
     assert "--regrade" in message
 
 
+def sample_lines(folder: Path, name: str) -> tuple[dict, list[bytes]]:
+    """What a saved file says that it was drawn with, and its samples."""
+    header, *lines = (folder / f"{name}_n3.jsonl").read_bytes().splitlines()
+    return json.loads(header)["drawn_with"], lines
+
+
+@pytest.fixture(scope="module")
+def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Benchmarks a and b, b evaluated alone in the folder `alone`; and the command without benchmark and folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, problems in (("a", ["1+2=", "4*5="]), ("b", [f"{i}+{i}=" for i in range(1, 8)])):
+        rows = ({"id": problem, "problem": problem, "answer": "1"} for problem in problems)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", str(trained / "config.yaml"), "--checkpoint", str(trained), "--samples", "3", "--k", "1"]
+    assert cli.main([*words, "--benchmark", str(folder / "b.jsonl"), "--out", str(folder / "alone")]) == 0
+    return folder, words
+
+
+def test_samples_depend_on_content_and_seed_alone(tmp_path, alone):
+    folder, words = alone
+    header, lines = sample_lines(folder / "alone", "b")
+    assert len(lines) == 7 * 3
+    shutil.copy(folder / "b.jsonl", tmp_path / "renamed.jsonl")
+    files = [str(folder / "a.jsonl"), str(tmp_path / "renamed.jsonl")]
+    # After another file, under another name, in pieces of another size.
+    assert cli.main([*words, "--benchmark", *files, "--out", str(tmp_path), "rollout.batch=4"]) == 0
+    assert sample_lines(tmp_path, "renamed") == (header, lines)
+    assert cli.main([*words, "--benchmark", files[1], "--out", str(tmp_path / "seed"), "seed=1"]) == 0
+    other_header, other_lines = sample_lines(tmp_path / "seed", "renamed")
+    assert other_lines != lines
+    assert other_header == header | {"seed": 1}
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_an_evaluation_goes_on_with_another_batch(tmp_path, alone, batch):
+    folder, words = alone
+    whole = (folder / "alone" / "b_n3.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "b_n3.jsonl").write_bytes(b"".join(lines[:9]))  # two of seven problems, and two samples of the third
+    more = ["--benchmark", str(folder / "b.jsonl"), "--out", str(tmp_path), f"rollout.batch={batch}"]
+    assert cli.main([*words, *more]) == 0
+    assert (tmp_path / "b_n3.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("saved", "override", "key"),
+    [
+        ({"stream": None}, "logging.progress=false", "stream"),  # before samples depended on content alone
+        ({}, "seed=3", "seed"),
+        ({}, "policy.architecture.rope_theta=500.0", "rope_theta"),
+        ({}, "policy.compute_dtype=bfloat16", "compute_dtype"),
+        ({}, "rollout.max_tokens=4", "max_tokens"),
+        ({"stop_ids": [0]}, "logging.progress=false", "stop_ids"),
+    ],
+)
+def test_samples_of_other_settings_are_not_gone_on_with(capsys, tmp_path, alone, saved, override, key):
+    folder, words = alone
+    header, lines = sample_lines(folder / "alone", "b")
+    header = {name: value for name, value in (header | saved).items() if value is not None}
+    file = tmp_path / "b_n3.jsonl"
+    file.write_bytes(b"\n".join([json.dumps({"drawn_with": header}).encode(), *lines[:6], b""]))
+    before = file.read_bytes()
+    more = ["--benchmark", folder / "b.jsonl", "--out", tmp_path, override]
+    assert f"was drawn with {key} = {header.get(key)!r}" in refused(capsys, *words, *more)
+    assert file.read_bytes() == before
+
+
 def test_regrading_samples_nothing_and_uses_the_saved_texts(capsys, tmp_path, trained, monkeypatch):
     words = ["eval", str(trained / "config.yaml"), "--checkpoint", str(trained), "--samples", "4", "--k", "1"]
     words += ["--out", str(tmp_path)]
