@@ -53,12 +53,14 @@ def eval_command(
     json_file: Path | None,
     out: Path | None = None,
     regrade: bool = False,
+    allow_dropped: bool = False,
 ) -> None:
     """Print Pass@k on `benchmarks` (default: the config's held-out prompts); `json_file` gets the numbers, too.
 
     Every sample is saved in the folder `out` (default: `eval/<checkpoint>` in the run's folder) as soon as its problem
     is done: the same command goes on where it was stopped. With `regrade`, saved samples are judged again, by the
-    grader and the references as they are now, and nothing is sampled.
+    grader and the references as they are now, and nothing is sampled. Problems longer than `task.max_prompt_tokens` are
+    not sampled and count as wrong, unless `allow_dropped`.
 
     Raises `ValueError` for a k above `samples`, an unreadable checkpoint, no benchmark or one with errors, a
     `json_file` that cannot be written, or saved samples that were drawn with other settings.
@@ -92,6 +94,7 @@ def eval_command(
         verifier.close()
     killed = int(total(np.array(verifier.counts.get("killed", 0))))
     if jax.process_index() == 0:
+        evaluations = [dataclasses.replace(e, allow_dropped=allow_dropped) for e in evaluations]
         known = [
             f"{prompts.name} {p.id}: {why}"
             for prompts in prompt_sets
@@ -101,17 +104,31 @@ def eval_command(
         sys.stdout.write(table(evaluations, ks) + "\n")
         if len(evaluations) > 1:
             sys.stdout.write("\n" + wide_table(evaluations, ks) + "\n")
+        for e in evaluations:
+            if e.dropped:
+                sys.stdout.write(f"\n{_dropped_note(e, config.task.max_prompt_tokens)}\n")
         if known:
             sys.stdout.write("\nReferences known to be wrong, used as they are:\n" + "\n".join(known) + "\n")
         results = {name: value for e in evaluations for name, value in e.metrics(ks).items()}
-        problems = {e.name: dict(zip(e.ids, e.correct.sum(axis=1).tolist(), strict=True)) for e in evaluations}
         report = {
-            "checkpoint": str(checkpoint), "samples": samples, "metrics": results, "correct": problems,
+            "checkpoint": str(checkpoint), "samples": samples, "metrics": results,
+            "correct": {e.name: e.right_counts for e in evaluations},
+            "dropped": {e.name: e.dropped for e in evaluations},
             "known_references": known, "killed": killed,
         }  # fmt: skip
         for path in filter(None, (folder / "results.json", json_file)):
             write_atomic(path, json.dumps(report, indent=1) + "\n")
     agreed(0)  # leave together: jax does not wait for long at the exit
+
+
+def _dropped_note(e: Evaluation, limit: int) -> str:
+    what = (
+        f"{e.name}: {len(e.dropped)} of {len(e.ids) + len(e.dropped)} problems are longer than task.max_prompt_tokens "
+        f"= {limit} and were not sampled."
+    )
+    if e.allow_dropped:
+        return f"{what} They are left out of the scores, which are not those of the whole benchmark."
+    return f"{what} They count as wrong. Raise task.max_prompt_tokens, or leave them out with --allow-dropped."
 
 
 def _eval_folder(config: Config) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,8 @@ from dynamo_jax.tasks.prompts import PromptSet, load_prompts, make_prompt_set
 from dynamo_jax.tasks.read import Row
 from dynamo_jax.tasks.rewards import Grader, RewardGrader, Shaped
 from dynamo_jax.tasks.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger("dynamo_jax")
 
 KILLED_ANSWERS = "killed_answers.jsonl"  # in the run's folder
 
@@ -84,7 +87,14 @@ def build_task(config: Config) -> Task:
     train = _read(config.task.train, tokenizer, config)
     writer = jax.process_index() == 0  # of several processes only this one writes in the run's folder
     verifier = build_verifier(config, locations(config.run_dir).work / KILLED_ANSWERS if writer else None)
-    return Task(tokenizer, train, eval_prompts(config, tokenizer, ()), verifier)
+    evals = eval_prompts(config, tokenizer, ())
+    for prompts in evals:
+        if prompts.dropped:
+            log.warning(
+                "%s: its scores count the %d left out as wrong. Raise task.max_prompt_tokens, or take them out of the "
+                "file.", prompts.name, prompts.dropped,
+            )  # fmt: skip
+    return Task(tokenizer, train, evals, verifier)
 
 
 def eval_prompts(config: Config, tokenizer: Tokenizer, files: Sequence[str]) -> tuple[PromptSet, ...]:

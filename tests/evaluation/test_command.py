@@ -80,6 +80,7 @@ def test_eval_prints_its_table_and_writes_the_numbers(capsys, tmp_path, trained)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["samples"] == 4
     assert len(scores["correct"]["heldout"]) == 8
+    assert scores["dropped"] == {"heldout": []}
     by_hand = sum(scores["correct"]["heldout"].values()) / (8 * 4)
     assert scores["metrics"]["eval/heldout/pass@1"] == pytest.approx(by_hand)
     assert f"| {100 * by_hand:.1f} (" in lines[2]
@@ -182,6 +183,37 @@ def test_samples_of_other_settings_are_not_gone_on_with(capsys, tmp_path, alone,
     more = ["--benchmark", folder / "b.jsonl", "--out", tmp_path, override]
     assert f"was drawn with {key} = {header.get(key)!r}" in refused(capsys, *words, *more)
     assert file.read_bytes() == before
+
+
+def test_problems_that_are_too_long_are_counted_and_shown(capsys, tmp_path, alone):
+    _, words = alone
+    rows = [{"id": "long", "problem": "1+2+3+4=", "answer": "360"}]  # 8 tokens, and task.max_prompt_tokens = 6
+    rows += [{"id": text, "problem": text, "answer": text[0]} for text in ("1+1=", "2+2=", "3+3=")]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*words, "--benchmark", str(tmp_path / "some.jsonl"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    # As if all that could be sampled had been right.
+    file = tmp_path / "out" / "some_n3.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["id"] for line in lines[1:]] == [row["id"] for row in rows[1:] for _ in range(3)]
+    file.write_text("".join(json.dumps(line | {"text": line.get("gold")}) + "\n" for line in lines))
+    capsys.readouterr()
+    for more, problems, score, said in (
+        ([], "4", 0.75, "They count as wrong"),
+        (["--allow-dropped"], "3", 1.0, "left out of the scores"),
+    ):
+        assert cli.main([*words, "--regrade", *more]) == 0
+        out = capsys.readouterr().out
+        cells = [cell.strip() for cell in out.splitlines()[2].strip("|").split("|")]
+        assert (cells[1], cells[3].split()[0], cells[-1]) == (problems, f"{100 * score:.1f}", "1")
+        assert "some: 1 of 4 problems are longer than task.max_prompt_tokens = 6" in out
+        assert said in out
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["dropped"] == {"some": ["long"]}
+        assert results["metrics"]["eval/some/dropped"] == 1
+        assert results["metrics"]["eval/some/pass@1"] == score
+        assert sum(results["correct"]["some"].values()) == 9
+        assert ("long" in results["correct"]["some"]) == (not more)
 
 
 def test_regrading_samples_nothing_and_uses_the_saved_texts(capsys, tmp_path, trained, monkeypatch):

@@ -60,6 +60,14 @@ def test_every_sample_is_graded_in_its_place():
     assert evaluation.no_answer.shape == (5, SAMPLES)
 
 
+def test_problems_that_are_too_long_count_in_training_too():
+    prompts = problems(answer="07")
+    rows = [(p.id, p.text, p.answer, p.tokens) for p in prompts.prompts]
+    evaluation = run(Digits(), make_prompt_set("bench", rows, dropped_ids=["long"]))
+    assert evaluation.pass_at(1)[0] == pytest.approx(1 / (SAMPLES * 6))
+    assert evaluation.metrics([1])["eval/bench/dropped"] == 1
+
+
 def test_no_more_than_three_pieces_are_held():
     sampler = Digits()
     run(sampler, problems(count=9))

@@ -108,6 +108,16 @@ def test_math(tmp_path, math_task):
 
 
 @pytest.mark.shared
+def test_held_out_problems_that_are_too_long_are_told_of(tmp_path, math_task, caplog):
+    write(tmp_path / "y.jsonl", ("4+4=?", "8"), ("+".join("1" * 200) + "=?", "200"))
+    write(tmp_path / "b.jsonl", ("2+2=?", "4"), ("+".join("1" * 201) + "=?", "201"))  # of training it is not a score
+    task = build_task(load(tmp_path, **math_task))
+    assert [prompts.dropped for prompts in (task.train, *task.evals)] == [1, 0, 1]
+    (said,) = (text for text in caplog.messages if "as wrong" in text)
+    assert said.startswith("y: its scores count the 1 left out as wrong")
+
+
+@pytest.mark.shared
 def test_the_command_line_replaces_the_benchmarks_of_the_config(tmp_path, math_task):
     config = load(tmp_path, **math_task)
     tokenizer = build_tokenizer(config)
