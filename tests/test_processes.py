@@ -160,6 +160,12 @@ def test_an_evaluation_is_shared_by_all_processes(whole: Run, tmp_path: Path, mo
     graded = [int(whole.folder.with_suffix(f".graded{i}").read_text()) for i in range(2)]
     assert graded == [problems * 3 // 2] * 2
     assert ["| heldout " in job.said(i) for i in range(2)] == [True, False]
+    # What process 0 finds in the folder ends both.
+    more = (*words, str(tmp_path / "two"), "eval.temperature=0.5", "mesh.data=2")
+    job = Job(config, whole.folder, 2, *more, command="eval")
+    assert job.statuses() == [2, 2]
+    assert "was drawn with temperature = 1.0" in job.said(0)
+    assert "process 0 of 2 on host host0 has ended" in job.said(1)
 
 
 def test_a_folder_in_use_is_refused_by_all_processes(tmp_path: Path) -> None:

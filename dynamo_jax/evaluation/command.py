@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dynamo_jax.config import Config
 from dynamo_jax.evaluation.draw import Piece, content_key, graded_pieces
 from dynamo_jax.evaluation.samples import Row, SampleFile, evaluation_of
 from dynamo_jax.evaluation.scores import Evaluation, right, table, wide_table
+from dynamo_jax.hosts.peers import watched
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.export import load_policy
 from dynamo_jax.policy.model import Decoder, abstract_policy
@@ -31,6 +32,7 @@ from dynamo_jax.run.checkpoint import resolve_checkpoint
 from dynamo_jax.run.checkpoint_files import written
 from dynamo_jax.run.folder import write_atomic
 from dynamo_jax.run.metrics import setup_logging
+from dynamo_jax.run.stopping import Ending
 from dynamo_jax.sharding import agreed, make_mesh, start_devices, total
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.known_golds import known_problem
@@ -73,52 +75,61 @@ def eval_command(
         raise ValueError(f"--json {json_file}: is a folder, or in none. Give a file name in a folder that exists.")
     start_devices(config.device, config.mesh)
     setup_logging(jax.process_index())
-    tokenizer = build_tokenizer(config)
-    prompt_sets = eval_prompts(config, tokenizer, benchmarks)
-    label, source = _origin(checkpoint, regrade)
-    folder = out or _eval_folder(config) / label
-    drawn_with = _drawn_with(config, source, samples, tokenizer) if source and not regrade else {}
-    files = [
-        SampleFile(folder / f"{p.name}_n{samples}.jsonl", drawn_with | {"prompts": p.fingerprint}, samples)
-        for p in prompt_sets
-    ]
-    verifier = build_verifier(config)
-    try:
-        if regrade:
-            pairs = zip(files, prompt_sets, strict=True)
-            # What was saved is on one disk: process 0 reads, judges and writes it, the others wait for it at the end.
-            evaluations = [_regrade(file, p, verifier) for file, p in pairs] if jax.process_index() == 0 else []
-        else:
-            evaluations = _sample(config, checkpoint, prompt_sets, files, tokenizer, verifier)
-    finally:
-        verifier.close()
-    killed = int(total(np.array(verifier.counts.get("killed", 0))))
-    if jax.process_index() == 0:
-        evaluations = [dataclasses.replace(e, allow_dropped=allow_dropped) for e in evaluations]
-        known = [
-            f"{prompts.name} {p.id}: {why}"
-            for prompts in prompt_sets
-            for p in prompts.prompts
-            if (why := known_problem(p.id, p.answer)) is not None
+    ending = Ending()
+    with watched(ending.lost) as ending.peers, ExitStack() as stack:
+        stack.push(ending.announce)  # what process 0 alone finds wrong, such as other samples in the folder, ends all
+        tokenizer = build_tokenizer(config)
+        prompt_sets = eval_prompts(config, tokenizer, benchmarks)
+        label, source = _origin(checkpoint, regrade)
+        folder = out or _eval_folder(config) / label
+        drawn_with = _drawn_with(config, source, samples, tokenizer) if source and not regrade else {}
+        files = [
+            SampleFile(folder / f"{p.name}_n{samples}.jsonl", drawn_with | {"prompts": p.fingerprint}, samples)
+            for p in prompt_sets
         ]
-        sys.stdout.write(table(evaluations, ks) + "\n")
-        if len(evaluations) > 1:
-            sys.stdout.write("\n" + wide_table(evaluations, ks) + "\n")
-        for e in evaluations:
-            if e.dropped:
-                sys.stdout.write(f"\n{_dropped_note(e, config.task.max_prompt_tokens)}\n")
-        if known:
-            sys.stdout.write("\nReferences known to be wrong, used as they are:\n" + "\n".join(known) + "\n")
-        results = {name: value for e in evaluations for name, value in e.metrics(ks).items()}
-        report = {
-            "checkpoint": str(checkpoint), "samples": samples, "metrics": results,
-            "correct": {e.name: e.right_counts for e in evaluations},
-            "dropped": {e.name: e.dropped for e in evaluations},
-            "known_references": known, "killed": killed,
-        }  # fmt: skip
-        for path in filter(None, (folder / "results.json", json_file)):
-            write_atomic(path, json.dumps(report, indent=1) + "\n")
-    agreed(0)  # leave together: jax does not wait for long at the exit
+        verifier = build_verifier(config)
+        stack.callback(verifier.close)
+        if not regrade:
+            evaluations = _sample(config, checkpoint, prompt_sets, files, tokenizer, verifier)
+        elif jax.process_index() == 0:  # the saved samples are on its disk
+            evaluations = [_regrade(file, p, verifier) for file, p in zip(files, prompt_sets, strict=True)]
+        killed = int(total(np.array(verifier.counts.get("killed", 0))))
+        if jax.process_index() == 0:
+            evaluations = [dataclasses.replace(e, allow_dropped=allow_dropped) for e in evaluations]
+            known = _known_references(prompt_sets)
+            _print(evaluations, ks, known, config.task.max_prompt_tokens)
+            results = {
+                "checkpoint": str(checkpoint),
+                "samples": samples,
+                "metrics": {name: value for e in evaluations for name, value in e.metrics(ks).items()},
+                "correct": {e.name: e.right_counts for e in evaluations},
+                "dropped": {e.name: e.dropped for e in evaluations},
+                "known_references": known,
+                "killed": killed,
+            }
+            for path in filter(None, (folder / "results.json", json_file)):
+                write_atomic(path, json.dumps(results, indent=1) + "\n")
+        agreed(0)  # leave together: jax does not wait for long at the exit
+
+
+def _known_references(prompt_sets: Sequence[PromptSet]) -> list[str]:
+    """What is wrong with which reference answer, of those that are known to be wrong."""
+    return [
+        f"{prompts.name} {p.id}: {why}"
+        for prompts in prompt_sets
+        for p in prompts.prompts
+        if (why := known_problem(p.id, p.answer)) is not None
+    ]
+
+
+def _print(evaluations: Sequence[Evaluation], ks: Sequence[int], known: Sequence[str], max_prompt_tokens: int) -> None:
+    parts = [table(evaluations, ks)]
+    if len(evaluations) > 1:
+        parts.append(wide_table(evaluations, ks))
+    parts += [_dropped_note(e, max_prompt_tokens) for e in evaluations if e.dropped]
+    if known:
+        parts.append("\n".join(["References known to be wrong, used as they are:", *known]))
+    sys.stdout.write("\n\n".join(parts) + "\n")
 
 
 def _dropped_note(e: Evaluation, limit: int) -> str:
