@@ -77,9 +77,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     ks = arguments.k or [k for k in DEFAULT_K if k <= arguments.samples]
     a = arguments
-    eval_command(
-        config, place(a.checkpoint), a.benchmark, a.samples, ks, a.json, a.out, a.regrade, a.allow_dropped
-    )  # fmt: skip
+    words = (config, place(a.checkpoint), a.benchmark, a.samples, ks, a.json, a.out, a.regrade)
+    eval_command(*words, allow_dropped=a.allow_dropped)
     return 0
 
 

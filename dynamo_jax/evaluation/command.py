@@ -55,6 +55,7 @@ def eval_command(
     json_file: Path | None,
     out: Path | None = None,
     regrade: bool = False,
+    *,
     allow_dropped: bool = False,
 ) -> None:
     """Print Pass@k on `benchmarks` (default: the config's held-out prompts); `json_file` gets the numbers, too.
