@@ -77,7 +77,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     ks = arguments.k or [k for k in DEFAULT_K if k <= arguments.samples]
     a = arguments
-    eval_command(config, place(a.checkpoint), a.benchmark, a.samples, ks, a.json, a.out, a.regrade)
+    words = (config, place(a.checkpoint), a.benchmark, a.samples, ks, a.json, a.out, a.regrade)
+    eval_command(*words, allow_dropped=a.allow_dropped)
     return 0
 
 
@@ -151,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "folder of the saved samples (default: eval/CHECKPOINT in the run's folder); a second run goes on there"
     command.add_argument("--out", type=Path, help=text)
     command.add_argument("--regrade", action="store_true", help="judge the saved samples again, sample nothing")
+    text = "leave problems over task.max_prompt_tokens out of the scores, instead of counting them as wrong"
+    command.add_argument("--allow-dropped", action="store_true", help=text)
 
     command = with_config("export", _export, "Write a folder that transformers and vLLM load.")
     command.add_argument("--checkpoint", required=True, help="a run folder (or gs://...), or one of its checkpoints")

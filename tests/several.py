@@ -1,6 +1,7 @@
-"""One process of the several that `test_processes.py` starts: `train`, with a verifier that has something to teach.
+"""One process of the several that `test_processes.py` starts: a command, with a verifier that has something to teach.
 
-Every process writes what it knows after each step, so that the test can compare: only process 0 writes the metrics.
+Of `train` every process writes what it knows after each step, so that the test can compare: only process 0 writes the
+metrics. Of `eval` it writes how many answers it graded.
 Steps may be slowed down (`PAUSE`), and one process may be made to hang (`HANG_AT`, a step), by the environment.
 """
 
@@ -9,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from small_runs import Coin
 
 from dynamo_jax import cli
 from dynamo_jax import trainer as loop
+from dynamo_jax.evaluation import command as evaluation
 from dynamo_jax.sharding import to_host
 from dynamo_jax.tasks.task import build_task
 
@@ -38,10 +41,26 @@ class Witness(loop.Trainer):
         return metrics
 
 
+class CountingCoin(Coin):
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file, self.graded = file, 0
+
+    def grade_batch(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        self.graded += len(pairs)
+        return super().grade_batch(pairs)
+
+    def close(self) -> None:
+        self.file.write_text(str(self.graded))
+
+
 def main() -> None:
     loop.Trainer = Witness  # type: ignore[misc]
     loop.build_task = lambda config: dataclasses.replace(build_task(config), verifier=Coin())
-    sys.exit(cli.main(["train", *sys.argv[1:]]))
+    evaluation.build_verifier = lambda config: CountingCoin(  # type: ignore[misc, assignment]
+        Path(config.run_dir).with_suffix(f".graded{jax.process_index()}")
+    )
+    sys.exit(cli.main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

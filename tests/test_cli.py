@@ -89,15 +89,19 @@ def test_wrong_words(capsys, words, expected):
         "c.yaml --checkpoint a=b seed=1 eval.k=[1,2] --benchmark x/a=b.jsonl y --k 1 2",
         "c.yaml --checkpoint a=b --k 1 2 seed=1 --benchmark x/a=b.jsonl y eval.k=[1,2]",
         "--checkpoint a=b seed=1 --benchmark x/a=b.jsonl y --k 1 2 eval.k=[1,2] -- c.yaml",
+        "c.yaml --checkpoint a=b --benchmark x/a=b.jsonl y --allow-dropped seed=1 --k 1 2 eval.k=[1,2]",
     ],
 )
 def test_overrides_may_stand_anywhere(monkeypatch, words):
     seen = []
     monkeypatch.setattr(cli, "load_config", lambda path, overrides: seen.append((path, overrides)))
-    monkeypatch.setattr("dynamo_jax.evaluation.command.eval_command", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(
+        "dynamo_jax.evaluation.command.eval_command", lambda *arguments, **more: seen.append((arguments, more))
+    )
     assert cli.main(["eval", *words.split()]) == 0
     assert seen[0] == (Path("c.yaml"), ["seed=1", "eval.k=[1,2]"])
-    assert seen[1] == (None, Path("a=b"), ["x/a=b.jsonl", "y"], 32, [1, 2], None, None, False)
+    assert seen[1][0] == (None, Path("a=b"), ["x/a=b.jsonl", "y"], 32, [1, 2], None, None, False)
+    assert seen[1][1] == {"allow_dropped": "--allow-dropped" in words}
 
 
 def test_a_report_takes_runs_with_any_name(capsys, tmp_path):
@@ -108,7 +112,7 @@ def test_a_report_takes_runs_with_any_name(capsys, tmp_path):
 def test_the_default_k_is_what_the_samples_allow(monkeypatch, samples, ks):
     seen = []
     monkeypatch.setattr(cli, "load_config", lambda *_: None)
-    monkeypatch.setattr("dynamo_jax.evaluation.command.eval_command", lambda *arguments: seen.append(arguments[4]))
+    monkeypatch.setattr("dynamo_jax.evaluation.command.eval_command", lambda *words, **_: seen.append(words[4]))
     assert cli.main(["eval", "c.yaml", "--checkpoint", "c", "--samples", samples]) == 0
     assert seen == [ks]
 

@@ -135,7 +135,8 @@ def changed(tmp_path: Path, *overrides: str) -> list[str]:
 @pytest.mark.parametrize(
     "override",
     ["run_dir=x", "device=cpu", "mesh.data=2", "trainer.steps=7", "trainer.micro_batch=64", "rollout.batch=64",
-     "policy.remat=true", "checkpoint.every=3", "checkpoint.keep=9", "logging.progress=false", "verifier.workers=7"],
+     "policy.remat=true", "checkpoint.every=3", "checkpoint.keep=9", "logging.progress=false", "verifier.workers=7",
+     "task.allow_overlap=true"],
 )  # fmt: skip
 def test_where_and_how_fast_may_change_on_resume(tmp_path, override):
     assert changed(tmp_path, override) == []

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import TINY, Run, timeless
+from small_runs import TINY, Coin, Run, timeless
 from small_runs import run as run_here
 from small_runs import write_config as write
 
+from dynamo_jax import cli
 from dynamo_jax.config import load_config
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -25,9 +26,11 @@ SECONDS = 240  # of any process; far beyond what one takes
 
 
 class Job:
-    """The processes of one run, four CPU devices each."""
+    """The processes of one run, or of another command on its folder, four CPU devices each."""
 
-    def __init__(self, config: Path, folder: Path, count: int, *overrides: str, **environment: str) -> None:
+    def __init__(
+        self, config: Path, folder: Path, count: int, *more: str, command: str = "train", **environment: str
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
@@ -41,11 +44,11 @@ class Job:
                 "DYNAMO_JAX_HOST_NAME": f"host{index}",
                 "XLA_FLAGS": " ".join(flags),
             }
-            words = [str(config), f"run_dir={folder}", *overrides]
-            command = [sys.executable, str(Path(__file__).with_name("several.py")), *words]
+            words = [command, str(config), f"run_dir={folder}", *more]
+            program = [sys.executable, str(Path(__file__).with_name("several.py")), *words]
             everything = {**os.environ, **variables, **environment}
             with open(log, "wb") as file:
-                self.processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=everything))
+                self.processes.append(subprocess.Popen(program, stdout=file, stderr=file, env=everything))
             self.logs.append(log)
 
     def until(self, step: int) -> None:
@@ -141,6 +144,28 @@ def test_two_processes_and_another_mesh_make_the_same_run(whole: Run, lost: tupl
     same(timeless(folder), whole.metrics)
     for step in range(1, STEPS + 1):
         assert Run(folder, whole.trainer).rollouts(step) == whole.rollouts(step)
+
+
+def test_an_evaluation_is_shared_by_all_processes(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the grading each, and the same file as one process's, which decodes all in one piece."""
+    config = whole.folder / "config.yaml"
+    words = ("--checkpoint", str(whole.folder), "--samples", "3", "--k", "1", "--out")
+    monkeypatch.setattr("dynamo_jax.evaluation.command.build_verifier", lambda _: Coin())
+    assert cli.main(["eval", str(config), *words, str(tmp_path / "one")]) == 0
+    job = Job(config, whole.folder, 2, *words, str(tmp_path / "two"), *MESH, "rollout.batch=8", command="eval")
+    assert job.statuses() == [0, 0]
+    for name in ("heldout_n3.jsonl", "results.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    problems = TINY["task"]["arithmetic"]["heldout_prompts"]
+    graded = [int(whole.folder.with_suffix(f".graded{i}").read_text()) for i in range(2)]
+    assert graded == [problems * 3 // 2] * 2
+    assert ["| heldout " in job.said(i) for i in range(2)] == [True, False]
+    # What process 0 finds in the folder ends both.
+    more = (*words, str(tmp_path / "two"), "eval.temperature=0.5", "mesh.data=2")
+    job = Job(config, whole.folder, 2, *more, command="eval")
+    assert job.statuses() == [2, 2]
+    assert "was drawn with temperature = 1.0" in job.said(0)
+    assert "process 0 of 2 on host host0 has ended" in job.said(1)
 
 
 def test_a_folder_in_use_is_refused_by_all_processes(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dynamo_jax.report import write_report
 from dynamo_jax.report.charts import sections
 from dynamo_jax.report.plots import MAX_POINTS, smooth, thin
 from dynamo_jax.report.runs import load_runs
-from dynamo_jax.report.tables import NONE, leftovers, scores, settings, summary
+from dynamo_jax.report.tables import NONE, leftovers, samples, scores, settings, summary
 
 HOSTILE = "</pre><script>alert(1)</script><img src=//evil.example/x onerror=alert(2)>"
 VOID = {"meta", "path", "use", "rect"}
@@ -203,6 +203,21 @@ def test_missing_and_null_metrics_are_said_not_drawn(tmp_path):
     assert "No data: no finite value of reward/mean was logged." in page.text
 
 
+def test_the_learning_curve_weighs_every_prompt_alike(tmp_path):
+    old = [{"step": step, "reward/mean": step / 8} for step in range(1, 4)]
+    new = [line | {"reward/prompt_mean": line["reward/mean"] + 0.5} for line in old]
+    resumed = [*old[:2], new[2]]  # one line of one kind, also where there is the newer metric at the end
+    folders = [make_run(tmp_path / name, lines) for name, lines in zip("abc", (new, old, resumed), strict=True)]
+    runs = load_runs(folders)
+    [chart] = [c for s in sections(runs) for c in s.charts if c.title == "Training reward"]
+    ends = ("a: 0.625 at step 1, 0.875 at step 3", "b: 0.125 at step 1, 0.375 at step 3")
+    assert chart.panels[0].alt == "; ".join((*ends, ends[1].replace("b:", "c:")))
+    assert [key.label for key in chart.legend] == ["a", "b", "c"]
+    assert re.findall(r"(\w) shows reward/mean", chart.caption) == ["b", "c"]
+    # What is drawn is not among the metrics that nothing shows; what it replaced is.
+    assert [[key for key, _ in leftovers([run])] for run in runs] == [["reward/mean"], [], []]
+
+
 def test_a_step_without_one_mean_is_left_out_of_the_shares(tmp_path):
     lines = metrics(4, np.random.default_rng(0))
     lines[1]["allocation/mean_hard"] = None  # had 14 prompts: a share of 0 would be wrong
@@ -241,6 +256,24 @@ def test_scores_on_a_line_of_their_own_join_their_step(tmp_path):
     lines = [{"step": 1, "reward/mean": 0.5}, {"step": 1, "eval/h/pass@1": 0.4}]
     [run] = load_runs([make_run(tmp_path / "a", lines)])
     assert run.rows == [{"step": 1, "reward/mean": 0.5, "eval/h/pass@1": 0.4}]
+
+
+def test_samples_are_right_or_wrong_by_the_verdict_and_not_by_the_reward(tmp_path):
+    """A penalty for length takes a right answer below a half, a bonus for form lifts a wrong one above it."""
+    rows = [
+        sample(1, 0, text="short of it", right=True, reward=0.3),
+        sample(1, 1, text="well formed", right=False, reward=0.7),
+        sample(1, 2, text="plainly right", right=True, reward=1.0),
+    ]
+    [found, _] = samples(load_runs([make_run(tmp_path / "a", rollouts=rows)]))
+    assert [row["text"] for row in found.right] == ["short of it", "plainly right"]
+    assert [row["text"] for row in found.wrong] == ["well formed"]
+    assert found.counts == "2 right, 1 wrong of 3 saved"
+    # Lines of older runs have no verdict; two that are alike are two.
+    older = [{k: v for k, v in row.items() if k != "right"} for row in rows]
+    [found, _] = samples(load_runs([make_run(tmp_path / "b", rollouts=[older[0], older[0], older[2], rows[1]])]))
+    assert [row["text"] for row in found.right] == ["plainly right"]
+    assert found.counts.startswith("1 right, 3 wrong of 4 saved; without a saved verdict, a reward above 0.5 counts")
 
 
 def test_same_input_same_bytes_in_any_process(tmp_path):

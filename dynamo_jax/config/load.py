@@ -21,6 +21,7 @@ from dynamo_jax.config.tree import Config
 FREE_ON_RESUME = (
     "run_dir", "device", "mesh", "trainer.steps", "trainer.micro_batch", "trainer.compilation_cache", "rollout.batch",
     "policy.remat", "checkpoint", "logging", "verifier.workers", "watchdog",
+    "task.allow_overlap",
 )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ class TaskConfig:
     system_prompt: str | None = None  # null: whatever the tokenizer's template says by itself
     instruction: str = ""  # appended to the user's message
     max_prompt_tokens: PositiveInt = 16
+    allow_overlap: bool = False  # no warning of problems that are in `train` and in `eval`
     reward: RewardConfig = RewardConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()
 

@@ -6,9 +6,8 @@ import dataclasses
 import json
 import logging
 import sys
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dynamo_jax.config import Config
+from dynamo_jax.evaluation.draw import Piece, content_key, graded_pieces
 from dynamo_jax.evaluation.samples import Row, SampleFile, evaluation_of
 from dynamo_jax.evaluation.scores import Evaluation, right, table, wide_table
+from dynamo_jax.hosts.peers import watched
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.export import load_policy
 from dynamo_jax.policy.model import Decoder, abstract_policy
@@ -31,15 +32,18 @@ from dynamo_jax.run.checkpoint import resolve_checkpoint
 from dynamo_jax.run.checkpoint_files import written
 from dynamo_jax.run.folder import write_atomic
 from dynamo_jax.run.metrics import setup_logging
-from dynamo_jax.sharding import agreed, make_mesh, start_devices
+from dynamo_jax.run.stopping import Ending
+from dynamo_jax.sharding import agreed, make_mesh, start_devices, total
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.known_golds import known_problem
-from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
+from dynamo_jax.tasks.prompts import PromptSet
 from dynamo_jax.tasks.rewards import Grader, Grading, verdict_of
 from dynamo_jax.tasks.task import build_tokenizer, build_verifier, eval_prompts
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
 log = logging.getLogger("dynamo_jax")
+
+STREAM = 2  # which random numbers make a sample; 1, which wrote no mark, took the place of the file and of the batch
 
 
 def eval_command(
@@ -51,12 +55,15 @@ def eval_command(
     json_file: Path | None,
     out: Path | None = None,
     regrade: bool = False,
+    *,
+    allow_dropped: bool = False,
 ) -> None:
     """Print Pass@k on `benchmarks` (default: the config's held-out prompts); `json_file` gets the numbers, too.
 
     Every sample is saved in the folder `out` (default: `eval/<checkpoint>` in the run's folder) as soon as its problem
     is done: the same command goes on where it was stopped. With `regrade`, saved samples are judged again, by the
-    grader and the references as they are now, and nothing is sampled.
+    grader and the references as they are now, and nothing is sampled. Problems longer than `task.max_prompt_tokens` are
+    not sampled and count as wrong, unless `allow_dropped`.
 
     Raises `ValueError` for a k above `samples`, an unreadable checkpoint, no benchmark or one with errors, a
     `json_file` that cannot be written, or saved samples that were drawn with other settings.
@@ -69,42 +76,71 @@ def eval_command(
         raise ValueError(f"--json {json_file}: is a folder, or in none. Give a file name in a folder that exists.")
     start_devices(config.device, config.mesh)
     setup_logging(jax.process_index())
-    tokenizer = build_tokenizer(config)
-    prompt_sets = eval_prompts(config, tokenizer, benchmarks)
-    label, drawn_with = _identity(config, checkpoint, samples, regrade)
-    folder = out or _eval_folder(config) / label
-    files = [
-        SampleFile(folder / f"{p.name}_n{samples}.jsonl", drawn_with | {"prompts": p.fingerprint}, samples)
-        for p in prompt_sets
-    ]
-    verifier = build_verifier(config)
-    try:
-        if regrade:
-            evaluations = [_regrade(file, p, verifier) for file, p in zip(files, prompt_sets, strict=True)]
-        else:
-            evaluations = _sample(config, checkpoint, prompt_sets, files, tokenizer, verifier)
-    finally:
-        verifier.close()
-    if jax.process_index() == 0:
-        known = [
-            f"{prompts.name} {p.id}: {why}"
-            for prompts in prompt_sets
-            for p in prompts.prompts
-            if (why := known_problem(p.id, p.answer)) is not None
+    ending = Ending()
+    with watched(ending.lost) as ending.peers, ExitStack() as stack:
+        stack.push(ending.announce)  # what process 0 alone finds wrong, such as other samples in the folder, ends all
+        tokenizer = build_tokenizer(config)
+        prompt_sets = eval_prompts(config, tokenizer, benchmarks)
+        label, source = _origin(checkpoint, regrade)
+        folder = out or _eval_folder(config) / label
+        drawn_with = _drawn_with(config, source, samples, tokenizer) if source and not regrade else {}
+        files = [
+            SampleFile(folder / f"{p.name}_n{samples}.jsonl", drawn_with | {"prompts": p.fingerprint}, samples)
+            for p in prompt_sets
         ]
-        sys.stdout.write(table(evaluations, ks) + "\n")
-        if len(evaluations) > 1:
-            sys.stdout.write("\n" + wide_table(evaluations, ks) + "\n")
-        if known:
-            sys.stdout.write("\nReferences known to be wrong, used as they are:\n" + "\n".join(known) + "\n")
-        results = {name: value for e in evaluations for name, value in e.metrics(ks).items()}
-        problems = {e.name: dict(zip(e.ids, e.correct.sum(axis=1).tolist(), strict=True)) for e in evaluations}
-        report = {
-            "checkpoint": str(checkpoint), "samples": samples, "metrics": results, "correct": problems,
-            "known_references": known, "killed": verifier.counts.get("killed", 0),
-        }  # fmt: skip
-        for path in filter(None, (folder / "results.json", json_file)):
-            write_atomic(path, json.dumps(report, indent=1) + "\n")
+        verifier = build_verifier(config)
+        stack.callback(verifier.close)
+        if not regrade:
+            evaluations = _sample(config, checkpoint, prompt_sets, files, tokenizer, verifier)
+        elif jax.process_index() == 0:  # the saved samples are on its disk
+            evaluations = [_regrade(file, p, verifier) for file, p in zip(files, prompt_sets, strict=True)]
+        killed = int(total(np.array(verifier.counts.get("killed", 0))))
+        if jax.process_index() == 0:
+            evaluations = [dataclasses.replace(e, allow_dropped=allow_dropped) for e in evaluations]
+            known = _known_references(prompt_sets)
+            _print(evaluations, ks, known, config.task.max_prompt_tokens)
+            results = {
+                "checkpoint": str(checkpoint),
+                "samples": samples,
+                "metrics": {name: value for e in evaluations for name, value in e.metrics(ks).items()},
+                "correct": {e.name: e.right_counts for e in evaluations},
+                "dropped": {e.name: e.dropped for e in evaluations},
+                "known_references": known,
+                "killed": killed,
+            }
+            for path in filter(None, (folder / "results.json", json_file)):
+                write_atomic(path, json.dumps(results, indent=1) + "\n")
+        agreed(0)  # leave together: jax does not wait for long at the exit
+
+
+def _known_references(prompt_sets: Sequence[PromptSet]) -> list[str]:
+    """What is wrong with which reference answer, of those that are known to be wrong."""
+    return [
+        f"{prompts.name} {p.id}: {why}"
+        for prompts in prompt_sets
+        for p in prompts.prompts
+        if (why := known_problem(p.id, p.answer)) is not None
+    ]
+
+
+def _print(evaluations: Sequence[Evaluation], ks: Sequence[int], known: Sequence[str], max_prompt_tokens: int) -> None:
+    parts = [table(evaluations, ks)]
+    if len(evaluations) > 1:
+        parts.append(wide_table(evaluations, ks))
+    parts += [_dropped_note(e, max_prompt_tokens) for e in evaluations if e.dropped]
+    if known:
+        parts.append("\n".join(["References known to be wrong, used as they are:", *known]))
+    sys.stdout.write("\n\n".join(parts) + "\n")
+
+
+def _dropped_note(e: Evaluation, limit: int) -> str:
+    what = (
+        f"{e.name}: {len(e.dropped)} of {len(e.ids) + len(e.dropped)} problems are longer than task.max_prompt_tokens "
+        f"= {limit} and were not sampled."
+    )
+    if e.allow_dropped:
+        return f"{what} They are left out of the scores, which are not those of the whole benchmark."
+    return f"{what} They count as wrong. Raise task.max_prompt_tokens, or leave them out with --allow-dropped."
 
 
 def _eval_folder(config: Config) -> Path:
@@ -118,25 +154,32 @@ def _eval_folder(config: Config) -> Path:
     return run / "eval" if (run / "config.yaml").is_file() else run.with_name(f"{run.name}_eval")
 
 
-def _identity(config: Config, checkpoint: Path, samples: int, regrade: bool) -> tuple[str, dict[str, Any]]:
-    """A short name of the checkpoint, and all that the samples depend on beside the prompts."""
+def _origin(checkpoint: Path, regrade: bool) -> tuple[str, Path | None]:
+    """A short name of the checkpoint, and the folder that holds its parameters."""
     if (checkpoint / "config.json").is_file():
-        label, source = checkpoint.resolve().name, checkpoint
-    elif regrade and not checkpoint.exists():
-        label, source = checkpoint.name, None  # the samples are all that is needed
-    else:
-        directory, step = resolve_checkpoint(checkpoint)
-        label, source = f"step_{step}", directory / str(step)
-    e = config.eval
-    return label, {
-        "checkpoint": str(source if is_remote(source) else source.resolve()) if source else None,
-        "written": written(source) if source else None,
+        return checkpoint.resolve().name, checkpoint
+    if regrade and not checkpoint.exists():
+        return checkpoint.name, None  # the samples are all that is needed
+    directory, step = resolve_checkpoint(checkpoint)
+    return f"step_{step}", directory / str(step)
+
+
+def _drawn_with(config: Config, source: Path, samples: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that the samples of a set of prompts depend on beside its content, in JSON's types."""
+    e, decoder = config.eval, decoder_config(config, tokenizer.size, mesh=None)
+    return {
+        "stream": STREAM,
+        "checkpoint": str(source if is_remote(source) else source.resolve()),
+        "written": written(source),
         "samples": samples,
         "seed": config.seed,
         "max_tokens": config.rollout.max_tokens,
         "temperature": e.temperature,
         "top_p": e.top_p,
-        "batch": config.rollout_batch,
+        "stop_ids": list(tokenizer.stop_ids),
+        "param_dtype": decoder.param_dtype,
+        "compute_dtype": decoder.compute_dtype,
+        **dataclasses.asdict(decoder.shape),
     }
 
 
@@ -164,39 +207,33 @@ def _sample(
     tokenizer: Tokenizer,
     verifier: Grader,
 ) -> list[Evaluation]:
-    """Sample what is not yet there, a few problems at a time, and grade it while the device goes on."""
+    """Sample what is not yet there, and save it piece by piece. Process 0 has the evaluations, the others have none."""
     mesh = make_mesh(config.mesh)
     writer = jax.process_index() == 0
     saved = [file.read() if writer else [] for file in files]
     decoder = decoder_config(config, tokenizer.size, mesh)
     graph, _ = abstract_policy(decoder)
     params = load_policy(checkpoint, decoder)
-    sampler = _eval_sampler(config, graph, mesh, tokenizer, files[0].samples)
-    grading = Grading(verdict_of(verifier))
+    samples = files[0].samples
+    sampler = _eval_sampler(config, graph, mesh, tokenizer, samples)
     evaluations = []
-    try:
-        for number, (prompts, file, rows) in enumerate(zip(prompt_sets, files, saved, strict=True)):
-            key = jax.random.fold_in(jax.random.key(config.seed), number)
-            chunk = max(1, config.rollout_batch // file.samples)  # problems: one piece on the device
-            done = agreed(len(rows) // file.samples)
-            done = done if done == len(prompts) else done // chunk * chunk
-            rows = rows[: done * file.samples]
+    with closing(Grading(verdict_of(verifier))) as grading:
+        for prompts, file, rows in zip(prompt_sets, files, saved, strict=True):
+            done = agreed(len(rows) // samples)
             if writer:
                 file.path.parent.mkdir(parents=True, exist_ok=True)
                 file.write(rows)
-            waiting: deque[tuple[list[Row], Future[Sequence[float]]]] = deque()
-            for start in range(done, len(prompts), chunk):
-                new = _draw(sampler, params, prompts, start, chunk, file.samples, key, config, tokenizer)
+            key = content_key(jax.random.key(config.seed), prompts)
+            pieces = graded_pieces(
+                sampler, params, prompts, samples, key, tokenizer, grading, config.task.max_prompt_tokens, done=done
+            )  # fmt: skip
+            for piece in pieces:
                 if writer:
-                    waiting.append((new, grading.submit([(row["text"], row["gold"]) for row in new])))
-                    while len(waiting) > 1:
-                        rows += _judged(file, *waiting.popleft())
-            while waiting:
-                rows += _judged(file, *waiting.popleft())
+                    new = _rows(prompts, samples, len(rows), piece, tokenizer)
+                    file.append(new)
+                    rows += new
             if writer:
-                evaluations.append(evaluation_of(prompts, file.samples, rows))
-    finally:
-        grading.close()
+                evaluations.append(evaluation_of(prompts, samples, rows))
     return evaluations
 
 
@@ -210,31 +247,17 @@ def _eval_sampler(
     return Sampler(graph, dataclasses.replace(sampler.config, window=window), mesh)
 
 
-def _draw(
-    sampler: Sampler,
-    params: Any,
-    prompts: PromptSet,
-    start: int,
-    count: int,
-    samples: int,
-    key: jax.Array,
-    config: Config,
-    tokenizer: Tokenizer,
-) -> list[Row]:
-    part = prompts.prompts[start : start + count]
-    batch = pad_prompts(part, config.task.max_prompt_tokens, tokenizer.pad_id)
-    prompt_of_B = np.repeat(np.arange(len(part)), samples)
-    rollouts = sampler.sample(params, batch, prompt_of_B, jax.random.fold_in(key, start))
-    texts = decode_rollouts(rollouts, tokenizer)
-    return [
-        {"id": part[p].id, "sample": index % samples, "gold": part[p].answer, "text": text,
-         "tokens": int(rollouts.length_B[index]), "truncated": not bool(rollouts.ended_B[index]),
-         "answered": extract(text) is not None}
-        for index, (p, text) in enumerate(zip(prompt_of_B, texts, strict=True))
-    ]  # fmt: skip
-
-
-def _judged(file: SampleFile, rows: list[Row], grades: Future[Any]) -> list[Row]:
-    judged = [row | {"correct": bool(grade > 0.5)} for row, grade in zip(rows, grades.result(), strict=True)]
-    file.append(judged)
-    return judged
+def _rows(prompts: PromptSet, samples: int, start: int, piece: Piece, tokenizer: Tokenizer) -> list[Row]:
+    """The lines of a piece whose first sample is the set's number `start`. On process 0, whose share comes first."""
+    rollouts = piece.rollouts
+    of_others = decode_rollouts(jax.tree.map(lambda x: x[len(piece.texts) :], rollouts), tokenizer)
+    rows = []
+    for i, text in enumerate([*piece.texts, *of_others]):
+        place, sample = divmod(start + i, samples)
+        prompt = prompts.prompts[place]
+        rows.append(
+            {"id": prompt.id, "sample": sample, "gold": prompt.answer, "text": text,
+             "tokens": int(rollouts.length_B[i]), "truncated": not bool(rollouts.ended_B[i]),
+             "answered": bool(piece.answered_B[i]), "correct": bool(piece.correct_B[i])}
+        )  # fmt: skip
+    return rows

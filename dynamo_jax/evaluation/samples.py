@@ -99,4 +99,5 @@ def evaluation_of(prompts: PromptSet, samples: int, rows: list[Row]) -> Evaluati
         length=column("tokens", np.int32),
         truncated=column("truncated", bool),
         no_answer=~column("answered", bool),
+        dropped=prompts.dropped_ids,
     )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import jax
 import numpy as np
 
-from dynamo_jax.hosts.progress import PROGRESS
+from dynamo_jax.evaluation.draw import graded_pieces
 from dynamo_jax.rollout.sampler import Sampler
-from dynamo_jax.rollout.text import decode_rollouts
-from dynamo_jax.sharding import own_share, total
-from dynamo_jax.tasks.grading.extract import extract
-from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
-from dynamo_jax.tasks.rewards import Grader, verdict_of
+from dynamo_jax.tasks.prompts import PromptSet
+from dynamo_jax.tasks.rewards import Grader, Grading, verdict_of
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
 RESAMPLES = 1000
@@ -36,7 +34,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The graded samples of one benchmark: `samples` for each problem, rows in the order of its problems."""
+    """The graded samples of one benchmark: `samples` for each problem, rows in the order of its problems.
+
+    Problems that were too long to be sampled (`dropped`) count as never right: a score must not be better for what it
+    leaves out. `allow_dropped` leaves them out, as scores of other problems than the benchmark's.
+    """
 
     name: str
     ids: tuple[str, ...]
@@ -45,16 +47,27 @@ class Evaluation:
     length: np.ndarray  # int32 [problems, samples], tokens
     truncated: np.ndarray  # bool [problems, samples]
     no_answer: np.ndarray | None = None  # bool [problems, samples]: nothing could be extracted; None: not looked at
+    dropped: tuple[str, ...] = ()  # ids
+    allow_dropped: bool = False
+
+    @property
+    def right_counts(self) -> dict[str, int]:
+        """How many samples of each problem that counts are right."""
+        counted = dict(zip(self.ids, self.correct.sum(axis=1).tolist(), strict=True))
+        return counted if self.allow_dropped else counted | dict.fromkeys(self.dropped, 0)
 
     def pass_at(self, k: int) -> tuple[float, float, float]:
         """Pass@k and its 95% interval: the mean over problems, resampled 1000 times with a fixed seed (bootstrap)."""
-        scores = np.array([pass_at_k(self.samples, int(c), k) for c in self.correct.sum(axis=1)])
+        scores = np.array([pass_at_k(self.samples, count, k) for count in self.right_counts.values()])
         draws = np.random.default_rng(0).integers(len(scores), size=(RESAMPLES, len(scores)))
         low, high = np.quantile(scores[draws].mean(axis=1), [0.025, 0.975])
         return float(scores.mean()), float(low), float(high)
 
     def metrics(self, ks: Sequence[int]) -> dict[str, float]:
-        """`eval/<name>/pass@k` with `_low` and `_high`, mean length in tokens, fractions truncated, without answer."""
+        """`eval/<name>/pass@k` with `_low` and `_high`, `dropped`: how many problems were too long to be sampled.
+
+        And of the samples the mean length in tokens, the fractions that were truncated and that had no answer.
+        """
         out: dict[str, float] = {}
         for k in ks:
             value, low, high = self.pass_at(k)
@@ -62,6 +75,7 @@ class Evaluation:
         out |= {"length_mean": float(self.length.mean()), "truncated_fraction": float(self.truncated.mean())}
         if self.no_answer is not None:
             out["no_answer_fraction"] = float(self.no_answer.mean())
+        out["dropped"] = float(len(self.dropped))
         return {f"eval/{self.name}/{key}": value for key, value in out.items()}
 
 
@@ -74,29 +88,22 @@ def evaluate(
     tokenizer: Tokenizer,
     verifier: Grader,
     max_prompt_tokens: int,
+    *,
+    each_piece: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Sample every problem `samples` times and grade. The same parameters and key give the same evaluation."""
-    batch = pad_prompts(prompts.prompts, max_prompt_tokens, tokenizer.pad_id)
-    prompt_of_B = np.repeat(np.arange(len(prompts)), samples)
-    rollouts = sampler.sample(params, batch, prompt_of_B, key)
-    share = own_share(len(prompt_of_B))  # every process decodes and grades its own
-    judged_2B = np.zeros((2, len(prompt_of_B)), np.int32)
-    with PROGRESS.doing("grade the evaluation", patient=True):  # one process may have all the answers that take long
-        texts = decode_rollouts(jax.tree.map(lambda x: x[share], rollouts), tokenizer)
-        pairs = list(zip(texts, (batch.answers[p] for p in prompt_of_B[share]), strict=True))
-        judged_2B[0, share] = right(verifier, pairs)
-        judged_2B[1, share] = [extract(text) is None for text in texts]
-    correct_B, no_answer_B = total(judged_2B).astype(bool)
+    """Sample every problem `samples` times and grade. The same parameters and key give the same evaluation.
+
+    Of the samples only lengths and verdicts are kept. `each_piece` is called after each piece of them and may raise.
+    """
+    with closing(Grading(verdict_of(verifier))) as grading:
+        pieces = graded_pieces(
+            sampler, params, prompts, samples, key, tokenizer, grading, max_prompt_tokens, each_piece=each_piece
+        )  # fmt: skip
+        kept = [(p.correct_B, p.answered_B, p.rollouts.length_B, p.rollouts.ended_B) for p in pieces]
     shape = (len(prompts), samples)
-    return Evaluation(
-        name=prompts.name,
-        ids=batch.ids,
-        samples=samples,
-        correct=correct_B.reshape(shape),
-        length=np.asarray(rollouts.length_B).reshape(shape),
-        truncated=~np.asarray(rollouts.ended_B).reshape(shape),
-        no_answer=no_answer_B.reshape(shape),
-    )
+    correct, answered, length, ended = (np.concatenate(x).reshape(shape) for x in zip(*kept, strict=True))
+    ids = tuple(prompt.id for prompt in prompts.prompts)
+    return Evaluation(prompts.name, ids, samples, correct, length, ~ended, ~answered, prompts.dropped_ids)
 
 
 def right(verifier: Grader, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -105,17 +112,23 @@ def right(verifier: Grader, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
 
 
 def table(evaluations: Sequence[Evaluation], ks: Sequence[int]) -> str:
-    """A Markdown table, in percent: a row for each benchmark and their mean last."""
+    """A Markdown table, in percent: a row for each benchmark and their mean last.
+
+    The problems are those that count; a last column has the dropped ones, if there are any.
+    """
     head = ["benchmark", "problems", "samples", *(f"Pass@{k}" for k in ks), "mean tokens", "truncated", "no answer"]
+    some_dropped = any(e.dropped for e in evaluations)
+    head += ["dropped"] * some_dropped
     rows = []
     for e in evaluations:
         scores = ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * x for x in e.pass_at(k))) for k in ks]
-        sizes = [str(len(e.ids)), str(e.samples)]
+        sizes = [str(len(e.right_counts)), str(e.samples)]
         rows.append([e.name, *sizes, *scores, f"{e.length.mean():.0f}", f"{100 * e.truncated.mean():.1f}%"])
         rows[-1].append("" if e.no_answer is None else f"{100 * e.no_answer.mean():.1f}%")
+        rows[-1] += [str(len(e.dropped))] * some_dropped
     if len(evaluations) > 1:
         means = [f"{100 * np.mean([e.pass_at(k)[0] for e in evaluations]):.1f}" for k in ks]
-        rows.append(["mean", "", "", *means, "", "", ""])
+        rows.append(["mean", "", "", *means, *[""] * (len(head) - 3 - len(ks))])
     return _markdown(head, rows)
 
 

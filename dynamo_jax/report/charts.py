@@ -60,10 +60,12 @@ class Spec:
 
 _REWARD = Spec(
     "Training reward", "mean reward",
-    "Share of sampled rollouts that were right. Expect a slower rise than held-out scores where the allocation "
-    "moves rollouts towards hard prompts.",
-    {"reward/mean": "reward"},
+    "Mean over the prompts of a step of what their rollouts got: every prompt counts the same, wherever the allocation "
+    "moves rollouts.",
+    {"reward/prompt_mean": "reward"},
 )  # fmt: skip
+# What runs that began before there was such a metric have in its place.
+OLDER = {"reward/prompt_mean": "reward/mean"}
 _ALLOCATION = (
     Spec("Smallest and largest group", "rollouts a prompt",
          "Rollouts of the best and the least served prompt of a step. Lines resting on the configured bounds mean "
@@ -136,6 +138,13 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     ]
 
 
+def logged(run: Run, metric: str) -> str:
+    """`metric`, or what the run has in its place: one for the whole run, also if it got the newer one on the way."""
+    older = OLDER.get(metric, metric)
+    steps, older_steps = len(run.series(metric)[0]), len(run.series(older)[0])
+    return metric if steps >= max(older_steps, 1) else older
+
+
 def held_out_metrics(runs: Sequence[Run]) -> list[tuple[str, int]]:
     """(benchmark, k) of every held-out score, in order."""
     found = {match.groups() for run in runs for key in run.keys() if (match := PASS_AT_K.fullmatch(key))}  # noqa: SIM118
@@ -200,12 +209,14 @@ def _over_time(runs: Sequence[Run]) -> list[Chart]:
 
 def _lines_chart(spec: Spec, runs: Sequence[Run]) -> Chart:
     lines: list[Line] = []
-    alts, smoothed = [], 0
+    alts, smoothed, notes = [], 0, ""
     for i, run in enumerate(runs):
         for j, (metric, label) in enumerate(spec.metrics.items()):
-            x, y = run.series(metric)
+            x, y = run.series(key := logged(run, metric))
             if not len(x):
                 continue
+            if key != metric:
+                notes += f" {run.name} shows {key}, for want of {metric} at every step."
             name = f"{run.name}, {label}" if len(spec.metrics) > 1 else run.name
             alts.append(_in_words(name, x, y))
             dash = "solid" if j == 0 else "dashed"
@@ -215,14 +226,16 @@ def _lines_chart(spec: Spec, runs: Sequence[Run]) -> Chart:
                 lines.insert(0, Line(x, y, run_color(i), style="raw"))
                 y = smooth(y, window)
             lines.append(Line(x, y, run_color(i), dash, "second" if j else "main"))
-    caption = spec.caption + (f" Thick: moving average over {smoothed} steps; thin: every step." if smoothed else "")
+    caption = spec.caption + notes
+    caption += f" Thick: moving average over {smoothed} steps; thin: every step." if smoothed else ""
     legend = _run_keys(runs, spec.metrics)
     if len(spec.metrics) > 1:
         labels = list(spec.metrics.values())
         color = "muted" if len(runs) > 1 else run_color(0)
         legend += [Key(label, color, "dashed" if j else "solid") for j, label in enumerate(labels)]
     if not lines:
-        return Chart(spec.title, spec.caption, [], [_no_data(*spec.metrics)])
+        missing = [OLDER.get(metric, metric) for metric in spec.metrics]
+        return Chart(spec.title, spec.caption, [], [_no_data(*missing)])
     svg = draw_lines(next(iter(spec.metrics)), lines, spec.unit, spec.log)
     return Chart(spec.title, caption, legend, [Panel("", "; ".join(alts), svg)])
 
@@ -326,7 +339,8 @@ def _run_keys(runs: Sequence[Run], metrics: Iterable[str]) -> list[Key]:
     """The runs that have a line in the chart; one run alone needs no name."""
     if len(runs) == 1:
         return []
-    return [Key(run.name, run_color(i)) for i, run in enumerate(runs) if any(len(run.series(m)[0]) for m in metrics)]
+    has_line = [any(len(run.series(logged(run, metric))[0]) for metric in metrics) for run in runs]
+    return [Key(run.name, run_color(i)) for i, run in enumerate(runs) if has_line[i]]
 
 
 def _title(run: Run, runs: Sequence[Run]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamo_jax.report.charts import PASS_AT_K, USED, held_out_metrics
+from dynamo_jax.report.charts import OLDER, PASS_AT_K, USED, held_out_metrics, logged
 from dynamo_jax.report.runs import Row, Run, number
 
 NONE = "–"  # noqa: RUF001 - a dash in a table
@@ -101,6 +101,7 @@ def settings(runs: Sequence[Run]) -> list[Setting]:
 def leftovers(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(metric, last value in each run) of the metrics that no chart and no other table shows."""
     keys = {key for run in runs for key in run.keys()} - USED - _SUMMARISED - {"step"}  # noqa: SIM118
+    keys -= {logged(run, key) for run in runs for key in OLDER}
     keys = {key for key in keys if not PASS_AT_K.fullmatch(key.removesuffix("_low").removesuffix("_high"))}
     return [(key, [_last(run, key) for run in runs]) for key in sorted(keys) if not key.startswith("time/")]
 
@@ -109,15 +110,22 @@ def samples(runs: Sequence[Run]) -> list[Samples]:
     found = []
     for run in runs:
         for rows in run.samples:
-            right = [row for row in rows if (number(row.get("reward")) or 0.0) > 0.5]
-            wrong = [row for row in rows if row not in right]
-            found.append(
-                Samples(
-                    run.name, _show(rows[0].get("step")), _pick(right), _pick(wrong),
-                    f"{len(right)} right, {len(wrong)} wrong of {len(rows)} saved",
-                )
-            )  # fmt: skip
+            right, wrong = [row for row in rows if _right(row)], [row for row in rows if not _right(row)]
+            counts = f"{len(right)} right, {len(wrong)} wrong of {len(rows)} saved"
+            if any(_verdict(row) is None for row in rows):
+                counts += "; without a saved verdict, a reward above 0.5 counts as right"
+            found.append(Samples(run.name, _show(rows[0].get("step")), _pick(right), _pick(wrong), counts))
     return found
+
+
+def _right(row: Row) -> bool:
+    """The verdict: rewards may hold a bonus or a penalty. Older runs saved none, and their rewards are all there is."""
+    verdict = _verdict(row)
+    return (number(row.get("reward")) or 0.0) > 0.5 if verdict is None else verdict
+
+
+def _verdict(row: Row) -> bool | None:
+    return right if isinstance(right := row.get("right"), bool) else None
 
 
 def _pick(rows: list[Row]) -> list[Row]:

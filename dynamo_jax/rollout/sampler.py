@@ -148,15 +148,18 @@ class Sampler:
         """`pieces` in one."""
         return join(list(self.pieces(params, prompts, prompt_of_B, key)))
 
-    def pieces(self, params: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, key: jax.Array) -> Iterator[Rollouts]:
+    def pieces(
+        self, params: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, key: jax.Array, *, first: int = 0
+    ) -> Iterator[Rollouts]:
         """Any number of rollouts, as host arrays, each piece as soon as it is done, while the device makes the next.
 
-        `prompt_of_B`, nondecreasing, has the slot in `prompts` of each.
+        `prompt_of_B`, nondecreasing, has the slot in `prompts` of each. `first` is the index of the first of them, for
+        the rest of what was begun before.
 
         A piece ends when it has `config.batch` rollouts or `config.window` prompts; what is missing to a full piece is
         filled with copies of its last rollout, whose results are dropped.
         """
-        started = self._started(params, prompts, prompt_of_B, key)
+        started = self._started(params, prompts, prompt_of_B, key, first)
         ahead = next(started, None)
         while ahead is not None:
             out, size = ahead
@@ -164,7 +167,7 @@ class Sampler:
             yield jax.tree.map(lambda x, n=size: x[:n], to_host(out))
 
     def _started(
-        self, params: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, key: jax.Array
+        self, params: Any, prompts: PromptBatch, prompt_of_B: np.ndarray, key: jax.Array, first: int
     ) -> Iterator[tuple[Rollouts, int]]:
         """Each piece as it is given to the device, and how many of its rows count."""
         start = 0
@@ -173,7 +176,7 @@ class Sampler:
             slots = np.unique(rows_b)[: self.config.window]
             rows_b = rows_b[rows_b <= slots[-1]]
             local_b = np.searchsorted(slots, rows_b)
-            index_b = start + np.arange(len(rows_b))
+            index_b = first + start + np.arange(len(rows_b))
             arrays = (
                 prompts.tokens_PL[_fill(slots, self.config.window)],
                 prompts.length_P[_fill(slots, self.config.window)],

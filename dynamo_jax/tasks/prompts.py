@@ -33,21 +33,27 @@ class Prompt:
 class PromptSet:
     """N prompts in a fixed order. Made by `load_prompts` or `make_prompt_set`.
 
-    A prompt's place in `prompts` is its `index_P` in batches, the key of its statistics. `dropped` counts rows left out
-    for their length. `fingerprint` (SHA-256, hex) changes with any id, text, answer or token and with their order: a
-    resume compares it to notice that the data has changed.
+    A prompt's place in `prompts` is its `index_P` in batches, the key of its statistics. `dropped_ids` are the rows
+    left out for their length. `fingerprint` (SHA-256, hex) changes with any id, text, answer or token and with their
+    order: a resume compares it to notice that the data has changed.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
-    dropped: int
+    dropped_ids: tuple[str, ...]
     fingerprint: str
+
+    @property
+    def dropped(self) -> int:
+        return len(self.dropped_ids)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
 
-def make_prompt_set(name: str, rows: Iterable[tuple[str, str, str, Sequence[int]]], *, dropped: int = 0) -> PromptSet:
+def make_prompt_set(
+    name: str, rows: Iterable[tuple[str, str, str, Sequence[int]]], *, dropped_ids: Sequence[str] = ()
+) -> PromptSet:
     """A prompt set of ready rows `(id, text, answer, tokens)`.
 
     Raises ValueError if there is no row, an id occurs twice or a row has no tokens.
@@ -63,7 +69,7 @@ def make_prompt_set(name: str, rows: Iterable[tuple[str, str, str, Sequence[int]
             raise ValueError(f"prompt set {name!r}: prompt {p.id!r} has no tokens. A prompt needs at least one.")
         seen.add(p.id)
         digest.update(json.dumps([p.id, p.text, p.answer, p.tokens]).encode())
-    return PromptSet(name, prompts, dropped, digest.hexdigest())
+    return PromptSet(name, prompts, tuple(dropped_ids), digest.hexdigest())
 
 
 def load_prompts(
@@ -83,8 +89,8 @@ def load_prompts(
     `instruction` follows the problem (the last user message) exactly as it is written: begin it with a space or a line
     break. Without `chat_template` the prompt is the problem and the instruction and nothing else.
 
-    The name is the file's stem; of several files the stems, joined by "+". The number of prompts left out is in
-    `dropped` and logged as a warning.
+    The name is the file's stem; of several files the stems, joined by "+". The prompts left out are in
+    `dropped_ids` and their number is logged as a warning.
 
     `check` sees all rows first and may raise.
 
@@ -98,7 +104,7 @@ def load_prompts(
             "Set task.chat_template=true, or put the text into the problems."
         )
     name = "+".join(Path(path).stem for path in paths)
-    kept, lengths = [], []
+    kept, dropped_ids, lengths = [], [], []
     rows = read_rows(paths)
     if check is not None:
         check(rows)
@@ -108,19 +114,20 @@ def load_prompts(
         lengths.append(len(tokens))
         if len(tokens) <= max_prompt_tokens:
             kept.append((row.id, text, row.answer, tokens))
-    dropped = len(lengths) - len(kept)
+        else:
+            dropped_ids.append(row.id)
     if not kept:
         raise ValueError(
-            f"{name}: all {dropped} prompts are longer than task.max_prompt_tokens = {max_prompt_tokens}; the shortest "
-            f"has {min(lengths)} tokens, the longest {max(lengths)}. Raise task.max_prompt_tokens."
+            f"{name}: all {len(rows)} prompts are longer than task.max_prompt_tokens = {max_prompt_tokens}; the "
+            f"shortest has {min(lengths)} tokens, the longest {max(lengths)}. Raise task.max_prompt_tokens."
         )
-    if dropped:
+    if dropped_ids:
         logger.warning(
             "%s: left out %d of %d prompts (%.1f%%), which are longer than task.max_prompt_tokens = %d; "
             "the longest has %d tokens",
-            name, dropped, len(lengths), 100 * dropped / len(lengths), max_prompt_tokens, max(lengths),
+            name, len(dropped_ids), len(rows), 100 * len(dropped_ids) / len(rows), max_prompt_tokens, max(lengths),
         )  # fmt: skip
-    return make_prompt_set(name, kept, dropped=dropped)
+    return make_prompt_set(name, kept, dropped_ids=dropped_ids)
 
 
 def _render(row: Row, tokenizer: Tokenizer, chat: bool, system_prompt: str | None, instruction: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,10 +17,13 @@ from dynamo_jax.run.bucket import locations
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
 from dynamo_jax.tasks.grading.known_golds import known_problem
 from dynamo_jax.tasks.grading.verifier import Verifier
+from dynamo_jax.tasks.overlap import shared_problems
 from dynamo_jax.tasks.prompts import PromptSet, load_prompts, make_prompt_set
 from dynamo_jax.tasks.read import Row
 from dynamo_jax.tasks.rewards import Grader, RewardGrader, Shaped
 from dynamo_jax.tasks.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger("dynamo_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,19 +96,28 @@ def build_task(config: Config) -> Task:
     if config.task.kind == "arithmetic":
         train, heldout = _arithmetic(config, tokenizer)
         return Task(tokenizer, train, (heldout,), build_verifier(config))
-    train = _read(config.task.train, tokenizer, config)
-    evals = eval_prompts(config, tokenizer, ())
+    held_out: list[Sequence[Row]] = []
+    evals = eval_prompts(config, tokenizer, (), held_out.append)
+    train = _read(config.task.train, tokenizer, config, partial(_warn_of_overlap, config, evals, held_out))
+    for prompts in evals:
+        if prompts.dropped:
+            log.warning(
+                "%s: its scores count the %d left out as wrong. Raise task.max_prompt_tokens, or take them out of the "
+                "file.", prompts.name, prompts.dropped,
+            )  # fmt: skip
     return Task(tokenizer, train, evals, build_verifier(config, killed_answers(config)))
 
 
-def eval_prompts(config: Config, tokenizer: Tokenizer, files: Sequence[str]) -> tuple[PromptSet, ...]:
-    """A prompt set for each of `files`; without files, the config's held-out prompts.
+def eval_prompts(
+    config: Config, tokenizer: Tokenizer, files: Sequence[str], look: Callable[[Sequence[Row]], None] | None = None
+) -> tuple[PromptSet, ...]:
+    """A prompt set for each of `files`; without files, the config's held-out prompts. `look` sees each file's rows.
 
     Raises `ValueError` naming the file and the line of what is wrong, or two files that would share a name.
     """
     if not files and config.task.kind == "arithmetic":
         return (_arithmetic(config, tokenizer)[1],)
-    prompt_sets = tuple(_read([path], tokenizer, config) for path in files or config.task.eval)
+    prompt_sets = tuple(_read([path], tokenizer, config, look) for path in files or config.task.eval)
     names = [prompts.name for prompts in prompt_sets]
     for name in names:
         if names.count(name) > 1:
@@ -148,8 +162,33 @@ def check_golds(config: Config) -> Callable[[Sequence[Row]], None]:
     return check
 
 
-def _read(paths: Sequence[str], tokenizer: Tokenizer, config: Config) -> PromptSet:
-    t = config.task
+def _warn_of_overlap(
+    config: Config, evals: Sequence[PromptSet], held_out: Sequence[Sequence[Row]], train: Sequence[Row]
+) -> None:
+    if config.task.allow_overlap:
+        return
+    for prompts, rows, shared in zip(evals, held_out, shared_problems(train, held_out), strict=True):
+        if shared:
+            log.warning(
+                "%s: %d of %d held-out problems are in the training data, too, the first of them at %s and at %s. Take "
+                "them out of one of the two, or set task.allow_overlap=true.",
+                prompts.name, len(shared), len(rows), shared[0][0].where, shared[0][1].where,
+            )  # fmt: skip
+
+
+def _read(
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    config: Config,
+    look: Callable[[Sequence[Row]], None] | None = None,
+) -> PromptSet:
+    t, check_rows = config.task, check_golds(config)
+
+    def check(rows: Sequence[Row]) -> None:
+        check_rows(rows)
+        if look is not None:
+            look(rows)
+
     return load_prompts(
         paths,
         tokenizer,
@@ -157,5 +196,5 @@ def _read(paths: Sequence[str], tokenizer: Tokenizer, config: Config) -> PromptS
         chat_template=t.chat_template,
         system_prompt=t.system_prompt,
         instruction=t.instruction,
-        check=check_golds(config),
+        check=check,
     )

@@ -80,6 +80,7 @@ def test_eval_prints_its_table_and_writes_the_numbers(capsys, tmp_path, trained)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["samples"] == 4
     assert len(scores["correct"]["heldout"]) == 8
+    assert scores["dropped"] == {"heldout": []}
     by_hand = sum(scores["correct"]["heldout"].values()) / (8 * 4)
     assert scores["metrics"]["eval/heldout/pass@1"] == pytest.approx(by_hand)
     assert f"| {100 * by_hand:.1f} (" in lines[2]
@@ -115,6 +116,104 @@ def test_an_evaluation_goes_on_where_it_was_stopped(capsys, tmp_path, trained, m
     message = refused(capsys, *words, "--out", tmp_path / "torn", "eval.temperature=0.5")
     assert "was drawn with temperature = 1.0" in message
     assert "--regrade" in message
+
+
+def sample_lines(folder: Path, name: str) -> tuple[dict, list[bytes]]:
+    """What a saved file says that it was drawn with, and its samples."""
+    header, *lines = (folder / f"{name}_n3.jsonl").read_bytes().splitlines()
+    return json.loads(header)["drawn_with"], lines
+
+
+@pytest.fixture(scope="module")
+def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Benchmarks a and b, b evaluated alone in the folder `alone`; and the command without benchmark and folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, problems in (("a", ["1+2=", "4*5="]), ("b", [f"{i}+{i}=" for i in range(1, 8)])):
+        rows = ({"id": problem, "problem": problem, "answer": "1"} for problem in problems)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", str(trained / "config.yaml"), "--checkpoint", str(trained), "--samples", "3", "--k", "1"]
+    assert cli.main([*words, "--benchmark", str(folder / "b.jsonl"), "--out", str(folder / "alone")]) == 0
+    return folder, words
+
+
+def test_samples_depend_on_content_and_seed_alone(tmp_path, alone):
+    folder, words = alone
+    header, lines = sample_lines(folder / "alone", "b")
+    assert len(lines) == 7 * 3
+    shutil.copy(folder / "b.jsonl", tmp_path / "renamed.jsonl")
+    files = [str(folder / "a.jsonl"), str(tmp_path / "renamed.jsonl")]
+    # After another file, under another name, in pieces of another size.
+    assert cli.main([*words, "--benchmark", *files, "--out", str(tmp_path), "rollout.batch=4"]) == 0
+    assert sample_lines(tmp_path, "renamed") == (header, lines)
+    assert cli.main([*words, "--benchmark", files[1], "--out", str(tmp_path / "seed"), "seed=1"]) == 0
+    other_header, other_lines = sample_lines(tmp_path / "seed", "renamed")
+    assert other_lines != lines
+    assert other_header == header | {"seed": 1}
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_an_evaluation_goes_on_with_another_batch(tmp_path, alone, batch):
+    folder, words = alone
+    whole = (folder / "alone" / "b_n3.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "b_n3.jsonl").write_bytes(b"".join(lines[:9]))  # two of seven problems, and two samples of the third
+    more = ["--benchmark", str(folder / "b.jsonl"), "--out", str(tmp_path), f"rollout.batch={batch}"]
+    assert cli.main([*words, *more]) == 0
+    assert (tmp_path / "b_n3.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("saved", "override", "key"),
+    [
+        ({"stream": None}, "logging.progress=false", "stream"),  # before samples depended on content alone
+        ({}, "seed=3", "seed"),
+        ({}, "policy.architecture.rope_theta=500.0", "rope_theta"),
+        ({}, "policy.compute_dtype=bfloat16", "compute_dtype"),
+        ({}, "rollout.max_tokens=4", "max_tokens"),
+        ({"stop_ids": [0]}, "logging.progress=false", "stop_ids"),
+    ],
+)
+def test_samples_of_other_settings_are_not_gone_on_with(capsys, tmp_path, alone, saved, override, key):
+    folder, words = alone
+    header, lines = sample_lines(folder / "alone", "b")
+    header = {name: value for name, value in (header | saved).items() if value is not None}
+    file = tmp_path / "b_n3.jsonl"
+    file.write_bytes(b"\n".join([json.dumps({"drawn_with": header}).encode(), *lines[:6], b""]))
+    before = file.read_bytes()
+    more = ["--benchmark", folder / "b.jsonl", "--out", tmp_path, override]
+    assert f"was drawn with {key} = {header.get(key)!r}" in refused(capsys, *words, *more)
+    assert file.read_bytes() == before
+
+
+def test_problems_that_are_too_long_are_counted_and_shown(capsys, tmp_path, alone):
+    _, words = alone
+    rows = [{"id": "long", "problem": "1+2+3+4=", "answer": "360"}]  # 8 tokens, and task.max_prompt_tokens = 6
+    rows += [{"id": text, "problem": text, "answer": text[0]} for text in ("1+1=", "2+2=", "3+3=")]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*words, "--benchmark", str(tmp_path / "some.jsonl"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    # As if all that could be sampled had been right.
+    file = tmp_path / "out" / "some_n3.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["id"] for line in lines[1:]] == [row["id"] for row in rows[1:] for _ in range(3)]
+    file.write_text("".join(json.dumps(line | {"text": line.get("gold")}) + "\n" for line in lines))
+    capsys.readouterr()
+    for more, problems, score, said in (
+        ([], "4", 0.75, "They count as wrong"),
+        (["--allow-dropped"], "3", 1.0, "left out of the scores"),
+    ):
+        assert cli.main([*words, "--regrade", *more]) == 0
+        out = capsys.readouterr().out
+        cells = [cell.strip() for cell in out.splitlines()[2].strip("|").split("|")]
+        assert (cells[1], cells[3].split()[0], cells[-1]) == (problems, f"{100 * score:.1f}", "1")
+        assert "some: 1 of 4 problems are longer than task.max_prompt_tokens = 6" in out
+        assert said in out
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["dropped"] == {"some": ["long"]}
+        assert results["metrics"]["eval/some/dropped"] == 1
+        assert results["metrics"]["eval/some/pass@1"] == score
+        assert sum(results["correct"]["some"].values()) == 9
+        assert ("long" in results["correct"]["some"]) == (not more)
 
 
 def test_regrading_samples_nothing_and_uses_the_saved_texts(capsys, tmp_path, trained, monkeypatch):

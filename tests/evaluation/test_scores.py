@@ -1,5 +1,6 @@
 """Pass@k and its interval."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -107,13 +108,29 @@ def test_metrics_have_the_names_that_reports_read():
     assert set(metrics) == {
         f"eval/aime24/{key}"
         for key in ("pass@1", "pass@1_low", "pass@1_high", "pass@2", "pass@2_low", "pass@2_high",
-                    "length_mean", "truncated_fraction")
+                    "length_mean", "truncated_fraction", "dropped")
     }  # fmt: skip
     assert metrics["eval/aime24/pass@1"] == 0.25
     assert metrics["eval/aime24/pass@2"] == 0.5
     assert metrics["eval/aime24/length_mean"] == 1.5  # 0, 1, 2, 3
     assert metrics["eval/aime24/truncated_fraction"] == 0.25
     assert all(type(value) is float for value in metrics.values())  # JSON takes no numpy numbers
+
+
+def test_problems_that_were_too_long_count_as_wrong():
+    short = [[1, 1, 0, 0], [1, 1, 1, 1]]
+    whole, part = evaluation([*short, [0, 0, 0, 0], [0, 0, 0, 0]]), evaluation(short)
+    part = dataclasses.replace(part, dropped=("p2", "p3"))
+    for k in (1, 2, 4):
+        assert part.pass_at(k) == whole.pass_at(k)  # the interval, too
+    assert part.right_counts == {"p0": 2, "p1": 4, "p2": 0, "p3": 0}
+    assert part.metrics([1])["eval/bench/dropped"] == 2.0
+    assert part.metrics([1])["eval/bench/length_mean"] == 3.5  # of those that were sampled
+    assert evaluation(short).metrics([1])["eval/bench/dropped"] == 0.0
+    allowed = dataclasses.replace(part, allow_dropped=True)
+    assert allowed.pass_at(1) == evaluation(short).pass_at(1)
+    assert allowed.right_counts == {"p0": 2, "p1": 4}
+    assert allowed.metrics([1])["eval/bench/dropped"] == 2.0
 
 
 # --- table
@@ -134,6 +151,19 @@ def test_table_ends_with_the_mean_of_the_benchmarks():
     one, other = evaluation([[1, 1]], "one"), evaluation([[0, 0], [0, 0], [0, 1]], "other")
     last = [cell.strip() for cell in table([one, other], [1]).splitlines()[-1].strip("|").split(" | ")]
     assert last == ["mean", "", "", f"{100 * (1 + 1 / 6) / 2:.1f}", "", "", ""]
+
+
+@pytest.mark.parametrize(("allowed", "problems", "score"), [(False, "3", "50.0"), (True, "2", "75.0")])
+def test_table_shows_how_many_were_dropped(allowed, problems, score):
+    some = evaluation([[1, 0], [1, 1]], "some")
+    some = dataclasses.replace(some, dropped=("x",), allow_dropped=allowed)
+    lines = table([some, evaluation([[1, 1]], "none")], [1]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert cells[0][-1] == "dropped"
+    assert (cells[2][1], cells[2][3].split()[0], cells[2][-1]) == (problems, score, "1")
+    assert (cells[3][1], cells[3][-1]) == ("1", "0")
+    assert cells[4][3] == f"{(float(score) + 100) / 2:.1f}"
 
 
 def test_the_papers_layout_has_a_column_for_each_benchmark():

@@ -16,7 +16,7 @@ from dynamo_jax.batch import PromptBatch, Rollouts
 from dynamo_jax.config import ArchitectureConfig, MeshConfig
 from dynamo_jax.policy import DecoderConfig, abstract_policy
 from dynamo_jax.rollout.filters import EXCLUDED, filter_logits
-from dynamo_jax.rollout.sampler import Sampler, SamplerConfig, generate, window_size
+from dynamo_jax.rollout.sampler import Sampler, SamplerConfig, generate, join, window_size
 from dynamo_jax.sharding import make_mesh
 
 V, L, C = 24, 5, 6
@@ -146,6 +146,13 @@ def test_padding_with_the_stop_token_is_not_an_end() -> None:
 @pytest.mark.parametrize(("batch", "window", "sharded"), [(32, 6, False), (26, 3, False), (16, 8, True)])
 def test_batch_split_window_and_mesh_do_not_matter(batch: int, window: int, sharded: bool) -> None:
     assert_same(sample(dataclasses.replace(BASE, batch=batch, window=window), sharded=sharded), sample())
+
+
+def test_the_rest_of_what_was_begun_before() -> None:
+    """The rollouts of the last three prompts alone, told the index of the first of them."""
+    first, prompts = int(COUNTS[:3].sum()), prompt_batch(slice(3, None))
+    pieces = sampler(BASE).pieces(params(), prompts, np.repeat(np.arange(3), COUNTS[3:]), KEY, first=first)
+    assert_same(join(list(pieces)), jax.tree.map(lambda x: x[first:], sample()))
 
 
 def test_slot_and_neighbours_do_not_matter() -> None:

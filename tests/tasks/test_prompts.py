@@ -126,7 +126,7 @@ def test_long_prompts_are_dropped_counted_and_logged(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="dynamo_jax"):
         prompts = load(path, max_prompt_tokens=6)
     assert [p.id for p in prompts.prompts] == ["1", "2", "3", "4", "5", "6"]
-    assert prompts.dropped == 2
+    assert (prompts.dropped, prompts.dropped_ids) == (2, ("7", "8"))
     (record,) = caplog.records
     assert "left out 2 of 8 prompts (25.0%)" in record.getMessage()
     assert "task.max_prompt_tokens = 6" in record.getMessage()
@@ -141,7 +141,7 @@ def test_long_prompts_are_dropped_counted_and_logged(tmp_path, caplog):
 def test_fingerprint_changes_with_everything_that_is_trained_on():
     rows = [("a", "t", "1", (1, 2)), ("b", "u", "2", (3,))]
     base = make_prompt_set("x", rows).fingerprint
-    assert make_prompt_set("renamed", rows, dropped=3).fingerprint == base
+    assert make_prompt_set("renamed", rows, dropped_ids=["c"]).fingerprint == base
     assert make_prompt_set("x", [(*r[:3], list(np.int32(r[3]))) for r in rows]).fingerprint == base
     changed = [rows[::-1]] + [
         [(*rows[0][:i], new, *rows[0][i + 1 :]), rows[1]] for i, new in enumerate(("c", "v", "3", (1,)))

@@ -111,6 +111,39 @@ def test_math(tmp_path, math_task):
 
 
 @pytest.mark.shared
+def test_problems_that_are_trained_on_and_held_out_are_told_of(tmp_path, math_task, caplog):
+    write(tmp_path / "b.jsonl", ("What is 2+2?", "4"), ("5+5=?", "10"))
+    row = {"id": "another", "prompt": [{"role": "user", "content": " What  is\n2+2?"}], "answer": "5"}
+    (tmp_path / "y.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "and another"}) + "\n")
+    build_task(load(tmp_path, **math_task))
+    (said,) = (text for text in caplog.messages if "training data" in text)
+    assert said.startswith("y: 2 of 2 held-out problems are in the training data, too")
+    assert "y.jsonl, line 1 and at" in said
+    assert "b.jsonl, line 1. " in said
+    assert "task.allow_overlap=true" in said
+    caplog.clear()
+    build_task(load(tmp_path, **math_task, allow_overlap=True))
+    assert "training data" not in caplog.text
+
+
+@pytest.mark.shared
+def test_nothing_is_told_of_files_without_common_problems(tmp_path, math_task, caplog):
+    write(tmp_path / "y.jsonl", ("1 + 11=?", "12"), ("1+1 =?!", "2"))  # nearly 1+1=?, which is trained on
+    build_task(load(tmp_path, **math_task))
+    assert not caplog.messages
+
+
+@pytest.mark.shared
+def test_held_out_problems_that_are_too_long_are_told_of(tmp_path, math_task, caplog):
+    write(tmp_path / "y.jsonl", ("4+4=?", "8"), ("+".join("1" * 200) + "=?", "200"))
+    write(tmp_path / "b.jsonl", ("2+2=?", "4"), ("+".join("1" * 201) + "=?", "201"))  # of training it is not a score
+    task = build_task(load(tmp_path, **math_task))
+    assert [prompts.dropped for prompts in (task.train, *task.evals)] == [1, 0, 1]
+    (said,) = (text for text in caplog.messages if "as wrong" in text)
+    assert said.startswith("y: its scores count the 1 left out as wrong")
+
+
+@pytest.mark.shared
 def test_the_command_line_replaces_the_benchmarks_of_the_config(tmp_path, math_task):
     config = load(tmp_path, **math_task)
     tokenizer = build_tokenizer(config)
