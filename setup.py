@@ -8,7 +8,9 @@ setup(
     description="Reinforcement learning with verifiable rewards for language models, in JAX (DynaMO, arXiv 2602.19208)",
     license="Apache-2.0",
     packages=find_packages(include=["dynamo_jax", "dynamo_jax.*"]),
-    python_requires=">=3.11,<3.14",  # tested on 3.11 to 3.13
+    # Tested on 3.11 to 3.13. On 3.14 every compiled dependency has wheels; on 3.15 grain and tensorstore, which orbax
+    # needs, do not yet.
+    python_requires=">=3.11,<3.15",
     install_requires=[
         "etils[epath]>=1.9",
         "flax>=0.12",

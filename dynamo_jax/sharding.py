@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import signal
@@ -51,8 +53,9 @@ def start_devices(device: str, mesh: MeshConfig) -> None:
     Raises `ValueError` where the environment makes no sense or the machine has no device of the asked kind.
     """
     os.environ.setdefault("PJRT_NPROC", CPU_THREADS)
-    if device != "auto":
-        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    platforms = _platforms(device)
+    if platforms is not None:
+        jax.config.update("jax_platforms", platforms)
     cluster = cluster_of(os.environ)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", _cpu_devices(mesh, cluster))  # no effect on other platforms
@@ -66,6 +69,23 @@ def start_devices(device: str, mesh: MeshConfig) -> None:
             f"device = {device}: jax finds no such device here ({reason}). Install the matching extra "
             "(dynamo_jax[tpu] or dynamo_jax[cuda]), or set device=auto or device=cpu."
         ) from None
+
+
+def _platforms(device: str) -> str | None:
+    """Where jax shall look for devices; None: wherever it does by itself.
+
+    Which is in libtpu, too, if that is installed, as `dynamo-jax plan` needs it. Without a TPU it takes seconds to say
+    so, in lines that look like errors.
+    """
+    if device != "auto":
+        return {"gpu": "cuda"}.get(device, device)
+    # jax has set it if JAX_PLATFORMS is set, and on import if it has seen a TPU.
+    if jax.config.values["jax_platforms"] or tpu_is_here(os.environ) or importlib.util.find_spec("libtpu") is None:
+        return None
+    plugins = [plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")]
+    if not all("cuda" in name for name in plugins):
+        return None
+    return "cuda,cpu" if plugins else "cpu"  # jax passes over cuda where there is no GPU
 
 
 def _cpu_devices(mesh: MeshConfig, cluster: Cluster | None) -> int:

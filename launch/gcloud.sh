@@ -6,7 +6,7 @@ dry='' name=${TPU_NAME:-} zone=${ZONE:-} project=${PROJECT:-} retries=8 backoff=
 # tmp: a folder for outputs. child: the process that is waited for. remind: a slice may be there when we end.
 tmp='' timeout='' child='' remind=''
 
-log() { printf '%(%F %T)T %s\n' -1 "$*" >&2; }
+log() { printf '%(%F %T)T %s%s\n' -1 "${dry:+dry run: }" "$*" >&2; }
 fail() { # STATUS MESSAGE
   log "error: $2"
   exit "$1"
@@ -97,6 +97,7 @@ on_exit() {
 prepare() {
   timeout=$(command -v timeout || command -v gtimeout) || fail 2 "no \`timeout\` here: install GNU coreutils"
   [[ -n $dry ]] || command -v gcloud >/dev/null || fail 2 "no gcloud here: https://cloud.google.com/sdk/docs/install"
+  [[ -z $dry ]] || log "commands are printed and none is run; what is said of the cloud is assumed"
   tmp=$(mktemp -d)
   trap on_exit EXIT
   trap 'log "interrupted; what runs on the slice goes on"; exit 130' INT

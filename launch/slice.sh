@@ -140,15 +140,17 @@ start() {
   dry_host="DYNAMO_JAX - $stamp $run running" dry_run_state=complete
 }
 
-# RUN_STATE, STEP, STEPS: what status.json in the run folder says, wherever the slice is.
+# RUN_STATE, STEP, STEPS: what status.json in the run folder says, wherever the slice is. AT: the step in words; until
+# there is such a file none is known.
 # shellcheck disable=SC2034 # read by tpu_vm.sh
 read_status() {
   local status=0
-  RUN_STATE=none STEP=-1 STEPS='?'
+  RUN_STATE=none STEP=-1 STEPS='' AT='an unknown step'
   call "$call_timeout" storage cat "$run_dir/status.json" --quiet || status=$?
   ((status != 5)) || out_of_reach
   [[ ! $OUT =~ \"state\"[[:space:]]*:[[:space:]]*\"([a-z]+)\" ]] || RUN_STATE=${BASH_REMATCH[1]}
   [[ ! $OUT =~ \"step\"[[:space:]]*:[[:space:]]*([0-9]+) ]] || STEP=${BASH_REMATCH[1]}
   [[ ! $OUT =~ \"steps\"[[:space:]]*:[[:space:]]*([0-9]+) ]] || STEPS=${BASH_REMATCH[1]}
+  ((STEP < 0)) || AT="step $STEP"
   [[ -z $dry ]] || RUN_STATE=$dry_run_state
 }

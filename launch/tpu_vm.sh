@@ -65,7 +65,7 @@ END
 progress() {
   read_status
   ((STEP > best)) || return 0
-  log "run $run: $RUN_STATE, step $STEP of $STEPS"
+  log "run $run: $RUN_STATE, $AT of $STEPS"
   best=$STEP crashes=0 hiccups=0
 }
 # failed crash|temporary MESSAGE: count it, and wait or give up.
@@ -98,7 +98,7 @@ after_end() {
       *) kind=crash ;;
     esac
   done
-  failed "$kind" "the run ended at step $STEP (${ENDS[*]})"
+  failed "$kind" "the run ended at $AT (${ENDS[*]})"
 }
 
 # ready: one look at a slice that is READY, and what follows from it.
@@ -200,7 +200,11 @@ do_status() {
   fi
   if [[ $run_dir == gs://* ]]; then
     read_status
-    report 'run %s: %s, step %s of %s\n%s\n' "$run_dir" "$RUN_STATE" "$STEP" "$STEPS" "$OUT"
+    if ((STEP < 0)); then
+      report 'run %s: has not begun, or not yet said so\n' "$run_dir"
+    else
+      report 'run %s: %s, %s of %s\n%s\n' "$run_dir" "$RUN_STATE" "$AT" "$STEPS" "$OUT"
+    fi
   fi
 }
 do_stop() {
@@ -254,7 +258,11 @@ do_supervise() {
     esac
     nap "$poll"
   done
-  log "run $run is complete at step $STEP of $STEPS: $run_dir"
+  if [[ $dry ]]; then
+    log "from here on as if run $run were complete; really it is watched until it is: $run_dir"
+  else
+    log "run $run is complete at $AT of $STEPS: $run_dir"
+  fi
   slice
   if [[ $STATE == NONE ]]; then
     remind=

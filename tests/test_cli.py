@@ -1,7 +1,6 @@
 """Words, devices, data and run folders: what a user can mend is one paragraph and exit status 2, before any work."""
 
 import errno
-import importlib.util
 import json
 import os
 import subprocess
@@ -51,8 +50,6 @@ def test_the_module_runs_with_the_same_exit_status(tmp_path):
 
 @pytest.mark.parametrize("device", ["tpu", "gpu"])
 def test_a_device_that_is_not_there(tmp_path, device):
-    if device == "tpu" and importlib.util.find_spec("libtpu"):
-        pytest.skip("libtpu is installed")
     done = run("train", write_config(tmp_path), f"device={device}", CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stdout) == (2, "")
     assert f"device = {device}: jax finds no such device here" in done.stderr

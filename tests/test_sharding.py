@@ -1,7 +1,12 @@
 """Meshes, the table of rules, and the ways of arrays between host and mesh."""
 
+import importlib.metadata
+import importlib.util
 import logging
+import os
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dynamo_jax.config import MeshConfig
+from dynamo_jax.hosts.cluster import tpu_is_here
 from dynamo_jax.sharding import agreed, make_mesh, own_share, sharding, start_devices, to_host, to_mesh, total
 
 
@@ -132,6 +138,52 @@ def test_a_cpu_gets_as_many_devices_as_the_mesh_has(updates):
 def test_auto_leaves_the_platform_to_jax(updates):
     start_devices("auto", MeshConfig())
     assert "jax_platforms" not in updates
+
+
+class Plugin:
+    def __init__(self, name):
+        self.name = name
+
+
+@pytest.mark.parametrize(
+    ("libtpu", "here", "chosen", "plugins", "expected"),
+    [
+        (True, False, None, [], "cpu"),
+        (True, False, "", [], "cpu"),
+        (True, False, None, ["xla_cuda13"], "cuda,cpu"),
+        (True, False, None, ["xla_cuda13", "xla_rocm7"], None),
+        (True, True, None, [], None),
+        (True, False, "tpu,cpu", [], None),  # by jax itself, which has found a TPU
+        (True, False, "cuda", [], None),  # by the user
+        (False, False, None, [], None),
+    ],
+)
+def test_libtpu_is_not_asked_where_there_is_no_tpu(updates, monkeypatch, libtpu, here, chosen, plugins, expected):
+    monkeypatch.setattr("dynamo_jax.sharding.tpu_is_here", lambda _: here)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "libtpu" and libtpu else None)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [Plugin(name) for name in plugins])
+    monkeypatch.setattr(jax, "devices", list)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(type(jax.config), "values", {"jax_platforms": chosen})
+    start_devices("auto", MeshConfig())
+    assert updates.get("jax_platforms") == expected
+    start_devices("tpu", MeshConfig())
+    assert updates["jax_platforms"] == "tpu"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None or tpu_is_here(os.environ), reason="needs libtpu and no TPU"
+)
+def test_an_installed_libtpu_is_silent_where_there_is_no_tpu():
+    code = "from dynamo_jax import config, sharding; sharding.start_devices('{}', config.MeshConfig())"
+    alone = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    said = {}
+    for device in ("auto", "tpu"):
+        command = [sys.executable, "-c", code.format(device)]
+        said[device] = subprocess.run(command, capture_output=True, text=True, env=alone, timeout=300).stderr
+    assert said["auto"] == ""
+    assert "ValueError: device = tpu: jax finds no such device here" in said["tpu"]  # it was looked for
 
 
 def test_gpu_means_cuda(updates):

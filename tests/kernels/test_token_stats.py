@@ -1,12 +1,14 @@
 """token_stats: reference and chunked against float64 numpy, values and gradients; nothing of size [T, V] in chunked."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
 from dynamo_jax.kernels import token_stats
 from dynamo_jax.kernels.token_stats import chunked
@@ -246,11 +248,34 @@ def test_backward_work_follows_the_gradient():
     assert np.isnan(jax.jit(run)(g_logp * np.nan, g_entropy, mask)[1]).any()
 
 
-def test_lowers_for_gpus_without_one():
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # from jax 0.11 on
+@pytest.mark.parametrize("card", ["NVIDIA L4", "NVIDIA H100 80GB HBM3"])
+def test_lowers_for_gpus_without_one(card):
     hidden, head, targets, *_ = inputs(64, 151, jnp.bfloat16)
     f = jax.jit(lambda *args: token_stats(*args, impl="pallas").logp)
-    text = f.trace(hidden, head, targets).lower(lowering_platforms=("cuda",)).as_text()
+    device = AbstractDevice(device_kind=card, num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        text = f.trace(hidden, head, targets).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 1
+
+
+def test_only_the_kernel_for_gpus_needs_triton():
+    """Which jax deprecated in 0.11, to remove it."""
+    code = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import jax.numpy as jnp
+from dynamo_jax.kernels import token_stats
+x = jnp.ones((2, 4), jnp.bfloat16)
+for impl in ("auto", "chunked"):
+    token_stats(x, x, jnp.zeros(2, int), impl=impl)
+try:
+    token_stats(x, x, jnp.zeros(2, int), impl="pallas_gpu")
+except ImportError:
+    sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
 
 
 def test_jit_and_empty():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -199,6 +200,9 @@ def test_dry_run_prints_commands_and_runs_none(cloud: Cloud, words: list[str], e
     assert not list(cloud.folder.glob("host?"))
     # What is printed is what would be run: pasted into a shell, gcloud sees the same words.
     assert all(shlex.split(line)[0] in ("gcloud", "git") for line in lines)
+    # Nor is anything known: no step of the run, no state of the slice that is not marked as assumed.
+    assert not re.search(r"step -1|\?|complete at", result.stderr)
+    assert all(" dry run: " in line for line in result.stderr.splitlines())
 
 
 def test_dry_run_can_be_pasted(cloud: Cloud) -> None:
@@ -482,6 +486,14 @@ def test_logs(cloud: Cloud) -> None:
 
 
 # --- supervise
+
+
+def test_a_run_without_a_status_has_no_step(cloud: Cloud) -> None:
+    cloud.set_up(attempts=[{"exit": 1}], hosts=1)
+    assert f"run {BUCKET_RUN}: has not begun" in cloud.run("status", "configs/tiny.yaml").stdout
+    result = cloud.run(*SUPERVISE, "--max-failures=1")
+    assert "the run ended at an unknown step (exit:1)" in result.stderr
+    assert "step -1" not in result.stderr
 
 
 def test_supervise_from_nothing_to_complete(cloud: Cloud) -> None:

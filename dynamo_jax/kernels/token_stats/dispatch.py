@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax import lax
 from jax.sharding import Mesh
 
-from dynamo_jax.kernels.token_stats import chunked, pallas_gpu, pallas_tpu
+from dynamo_jax.kernels.token_stats import chunked, pallas_tpu
 from dynamo_jax.kernels.token_stats.sums import Sums
 
 
@@ -26,18 +27,22 @@ def forward(
 
     `pallas_tpu` and `pallas_gpu` name a kernel wherever it runs; where it cannot, it is interpreted.
     """
-    kind = device_kind(mesh)
-    tpu_blocks = pallas_tpu.BLOCKS.get(kind, pallas_tpu.SMALLEST)
-    gpu_blocks = pallas_gpu.BLOCKS
-    if blocks is not None:
-        tpu_blocks = tpu_blocks._replace(tokens=blocks.tokens, vocab=blocks.vocab)
-        gpu_blocks = gpu_blocks._replace(tokens=blocks.tokens, vocab=blocks.vocab)
+    sizes = {} if blocks is None else blocks._asdict()
+    tpu_blocks = pallas_tpu.BLOCKS.get(device_kind(mesh), pallas_tpu.SMALLEST)._replace(**sizes)
     tpu_blocks = pallas_tpu.fitted(
         tpu_blocks, hidden_TD.shape[1], max(hidden_TD.dtype.itemsize, head_VD.dtype.itemsize)
     )
     in_chunks = partial(chunked.forward, temperature=temperature, blocks=blocks)
     on_tpu = partial(pallas_tpu.forward, temperature=temperature, blocks=tpu_blocks)
-    on_gpu = partial(pallas_gpu.forward, temperature=temperature, blocks=gpu_blocks)
+
+    def on_gpu(*arrays: Any) -> Sums:
+        # Here, for jax has deprecated its Triton: the release that drops it must break this kernel and nothing else.
+        from dynamo_jax.kernels.token_stats import pallas_gpu
+
+        blocks = pallas_gpu.BLOCKS._replace(**sizes)
+        sums: Sums = partial(pallas_gpu.forward, temperature=temperature, blocks=blocks)(*arrays)
+        return sums
+
     arrays = (hidden_TD, head_VD, targets_T, live)
     sums: Sums
     match impl:
