@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from dynamo_jax.batch import Pool
 from dynamo_jax.config import Config
 from dynamo_jax.rounds import mixed_groups
+
+log = logging.getLogger("dynamo_jax")
 
 # Posterior mean success rates that divide prompts into hard, middle and easy ones.
 HARD, EASY = 1 / 3, 2 / 3
@@ -88,6 +91,14 @@ def update_metrics(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         name: float(combine.get(name.rpartition("_")[2], np.mean)([update[name] for update in counted]))
         for name in updates[0]
     }
+
+
+def skipped_updates(step: int, updates: Sequence[Mapping[str, Any]]) -> int:
+    """How many of the step's updates were skipped, each with a warning that names the metric and the step."""
+    for number, update in enumerate(updates, 1):
+        for name in not_finite(update):
+            log.warning("step %d, update %d: %s is %s; the update is skipped", step, number, name, update[name])
+    return sum(bool(not_finite(update)) for update in updates)
 
 
 def not_finite(update: Mapping[str, Any]) -> list[str]:

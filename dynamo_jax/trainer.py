@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,7 +24,7 @@ from dynamo_jax.judge import Judge
 from dynamo_jax.objective import configured_penalty, group_advantage, group_weight
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import load_hf
-from dynamo_jax.policy.model import abstract_policy, init_policy, param_shardings
+from dynamo_jax.policy.model import abstract_policy, init_policy
 from dynamo_jax.report import write_report
 from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import join
@@ -35,29 +33,30 @@ from dynamo_jax.rounds import EMPTY, Draw, make_rounds, merged
 from dynamo_jax.run.agreement import check_same_run
 from dynamo_jax.run.bucket import locations
 from dynamo_jax.run.bucket_folder import open_run_folder
-from dynamo_jax.run.contents import Contents
+from dynamo_jax.run.contents import Contents, forms
 from dynamo_jax.run.folder import RunFolder, Status
 from dynamo_jax.run.keeper import Keeper
 from dynamo_jax.run.metrics import ProgressBar, plain_numbers, setup_logging
+from dynamo_jax.run.phases import Phases
 from dynamo_jax.run.profiling import Profile
 from dynamo_jax.run.stopping import Ending, Interrupted, Stopping
 from dynamo_jax.run.storage import TemporaryFailure, patiently
 from dynamo_jax.run.writer import sample_lines
 from dynamo_jax.run.xla_cache import XlaCache
-from dynamo_jax.sharding import agreed, make_mesh, of_process_0, sharding, start_devices, to_host, to_mesh, total
+from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh, total
 from dynamo_jax.step_metrics import (
     allocation_metrics,
-    not_finite,
     rollout_metrics,
     shaping_metrics,
     shares,
+    skipped_updates,
     update_metrics,
 )
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
 from dynamo_jax.update import Programs, State
-from dynamo_jax.warmup import warm_up
+from dynamo_jax.warmup import warmed_up
 
 log = logging.getLogger("dynamo_jax")
 
@@ -109,7 +108,6 @@ class Trainer:
     profile: Profile
     _slow = True  # the step before took too long for one to be done again, or finished, within a notice
     _updating = False  # between a step's first update and its end `state` is that of no step
-    _began: float | None = None  # the step
 
     def __init__(self, config: Config, task: Task, mesh: jax.sharding.Mesh, ending: Ending) -> None:
         c = self.config = config
@@ -139,8 +137,7 @@ class Trainer:
         self.xla_cache = XlaCache(self.places.xla_cache)
         self._held_out = ""  # the last score, as it is shown
         self._samples = ""  # the step's, to be written with its metrics
-        self._seconds: dict[str, float] = {}
-        self._known: set[str] = set()  # phases that were gone through once, with their compilations
+        self.phase = Phases()
 
     def step(self, step: int) -> dict[str, Any]:
         """P prompts, B rollouts, their rewards, one or more updates. Returns the step's metrics."""
@@ -153,7 +150,7 @@ class Trainer:
         pool = merged(sampled)
 
         # Which rollouts are trained on, what each is worth, and how likely its tokens are before the first update.
-        with self._phase("score"):
+        with self.phase("score"):
             rows_B = self.rounds.trained_rows(pool, self._random(step, CHOOSE))
             advantage_R, weight_R = self._advantages(pool, rows_B)
             random_R = self._random(step, SELECT).integers(2**32, size=len(advantage_R), dtype=np.uint32)
@@ -171,7 +168,7 @@ class Trainer:
 
         # Eq. 29 and H are the current policy's; before a step's first update that is the one scored already.
         self._updating = True
-        with self._phase("update"):
+        with self.phase("update"):
             updates: list[dict[str, Any]] = []
             for batch, (old, _) in zip(batches, scored, strict=True):
                 now = self.programs.score(self.state.params, batch)[0] if updates else old
@@ -184,18 +181,17 @@ class Trainer:
         self._updating = False
 
         # What the step leaves behind: some of its rollouts, and its metrics.
-        with self._phase("decode"):
+        with self.phase("decode"):
             shown = some_texts(pool.rollouts, c.logging.rollouts_per_step, self.task.tokenizer)
         self._samples = sample_lines(step, pool, *shown)
-        skipped = self._count_skipped(step, updates)
         return {
             **update_metrics(updates),
             **allocation_metrics(*shares(sampled)),
-            **rollout_metrics(pool, self._seconds["sample"]),
+            **rollout_metrics(pool, self.phase.seconds["sample"]),
             **self.rounds.metrics(sampled, pool, rows_B),
             **shaping_metrics(c, pool),
             "verifier/killed": int(total(np.array(self.task.verifier.counts.get("killed", 0) - killed))),
-            "objective/skipped_updates": skipped,
+            "objective/skipped_updates": skipped_updates(step, updates),
             "rollout/logp_drift": float(np.max(drift)),
             "data/epoch": self.data.drawn / len(self.task.train),
         }
@@ -217,15 +213,15 @@ class Trainer:
         coming = self.sampler.pieces(self.state.params, prompts, prompt_of_R, key)
         answers = iter([prompts.answers[p] for p in prompt_of_R])
         while True:
-            with self._phase("sample"):
+            with self.phase("sample"):
                 piece = next(coming, None)
             if piece is None:
                 break
-            with self._phase("decode"):
+            with self.phase("decode"):
                 judge.add(piece, list(islice(answers, len(piece.length_B))))  # graded while the device goes on
             pieces.append(piece)
             self.stopping.check()
-        with self._phase("grade"):
+        with self.phase("grade"):
             verdict_R, added_R = judge.result()
         self.stopping.check()
         rollouts, reward_R = join(pieces), verdict_R + added_R
@@ -274,12 +270,13 @@ class Trainer:
             elif self._evaluates(done):
                 self.keeper.add_score(done, self._score(self.keeper.written()))
             for step in range((done or 0) + 1, c.trainer.steps + 1):
-                with PROGRESS.doing(f"step {step}", patient="update" not in self._known):
+                with PROGRESS.doing(f"step {step}", patient="update" not in self.phase.known):
                     self._run_step(step)
             self._save(max(done or 0, c.trainer.steps), last=True)
 
     def _run_step(self, step: int) -> None:
-        self._began, position = time.perf_counter(), self.data.state()
+        self.phase.begin()
+        position = self.data.state()
         try:
             with self.watchdog.watch("step", f"step {step}"), self.profile.of(step):
                 metrics = self.step(step)
@@ -288,39 +285,26 @@ class Trainer:
                 self.data.restore(position)  # forgetting the prompts undoes the step
                 self._save(step - 1, last=True)
             raise
-        self._slow = bool(agreed(time.perf_counter() - self._began > self.config.checkpoint.notice_seconds / 2))
+        self._slow = bool(agreed(self.phase.since_begin() > self.config.checkpoint.notice_seconds / 2))
         self._finish(step, metrics)
         if self.stopping.asked():
             self._save(step, last=True)
             self.stopping.check()
 
     def _start(self) -> None:
-        c = self.config
-        key = self._key(0, INIT)
+        c, key = self.config, self._key(0, INIT)
         if c.policy.load is not None:
             params = load_hf(c.policy.load, self.decoder)
         elif c.warmup.steps:
             heldout = [prompt.text for prompts in self.task.evals for prompt in prompts.prompts]
-            log.info("Supervised warm-up: %d steps", c.warmup.steps)
-            alone = dataclasses.replace(self.decoder, mesh=None)
-            shown = c.logging.progress and jax.process_index() == 0
-            with ProgressBar(c.warmup.steps, enabled=shown, what="warm-up") as bar:
-
-                def each_step(done: int) -> None:
-                    bar.update(done)
-                    self.stopping.check()
-
-                # Every process trains its own, alike; hosts of another make may differ in the last bit.
-                host = of_process_0(warm_up(alone, c, heldout, key, each_step))
-            params = to_mesh(host, param_shardings(host, self.mesh))
+            params = warmed_up(self.decoder, c, heldout, key, self.stopping.check)
         else:
             params = init_policy(self.decoder, key)
         self.state, self.history = self.programs.init(params), self.allocation.init()
 
     def _resume(self) -> tuple[int | None, Mapping[str, Any] | None]:
         """Take over the newest checkpoint. Returns its step, and the step's metrics if they are not yet written."""
-        arrays, _ = Contents(self.programs.abstract_state, self.allocation.abstract_stats).state()
-        saved = self.keeper.resume(arrays)
+        saved = self.keeper.resume(forms(self.programs.forms, self.allocation.forms))
         if saved is None:
             return None, None
         if saved.evals not in (None, self.task.fingerprints[1:]):
@@ -336,7 +320,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         e = self.config.eval
         metrics: dict[str, float] = {}
-        with self._phase("eval"):
+        with self.phase("eval"):
             for number, prompts in enumerate(self.task.evals):
                 # The same random numbers each time: scores differ by the policy, not by luck.
                 key = jax.random.fold_in(self._key(0, EVALUATE), number)
@@ -349,6 +333,7 @@ class Trainer:
                     self.task.tokenizer,
                     self.task.verifier,
                     self.config.task.max_prompt_tokens,
+                    each_piece=self.stopping.check,
                 )
                 metrics |= evaluation.metrics(e.k)
         return metrics
@@ -359,7 +344,7 @@ class Trainer:
         self.keeper.write_samples(step, self._samples)
         # A slow step is saved each time: a notice of preemption may be too short to end the next one.
         if step % c.checkpoint.every == 0 or self._evaluates(step) or self._slow:
-            with self._phase("checkpoint"), self.watchdog.watch("checkpoint", f"the checkpoint of step {step}"):
+            with self.phase("checkpoint"), self.watchdog.watch("checkpoint", f"the checkpoint of step {step}"):
                 self._save(step, metrics)
                 self.xla_cache.settle()
         self._complete(step, metrics)
@@ -375,7 +360,7 @@ class Trainer:
                 self._save(step, metrics, last=True)  # on its way already; the next start evaluates
                 raise
             metrics, score = metrics | scores, self._score(scores)
-        self.keeper.write(step, metrics | self._times())
+        self.keeper.write(step, metrics | self.phase.taken())
         if step:
             self._held_out = self._held_out if score is None else f"{score:.3f}"
             shown = {"reward": f"{metrics['reward/prompt_mean']:.3f}", "held-out": self._held_out}
@@ -396,37 +381,12 @@ class Trainer:
 
     def _save(self, step: int, metrics: dict[str, Any] | None = None, last: bool = False) -> None:
         """`metrics`: the step's, as long as its line is not written."""
-        line = None if metrics is None else plain_numbers(metrics | self._times(keep=True))
+        line = None if metrics is None else plain_numbers(metrics | self.phase.so_far())
         contents = Contents(self.state, self.history, self.data.state(), self.task.fingerprints[1:], line)
         self.keeper.save(step, contents, last)
-
-    def _count_skipped(self, step: int, updates: list[dict[str, Any]]) -> int:
-        """How many of the step's updates were skipped, each with a warning that names the metric and the step."""
-        for number, update in enumerate(updates, 1):
-            for name in not_finite(update):
-                log.warning("step %d, update %d: %s is %s; the update is skipped", step, number, name, update[name])
-        return sum(bool(not_finite(update)) for update in updates)
 
     def _key(self, step: int, stream: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.root, step), stream)
 
     def _random(self, step: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, step, stream])
-
-    def _times(self, keep: bool = False) -> dict[str, float]:
-        """`time/<phase>` in seconds since the last call that did not `keep` them, and `time/step` since it began."""
-        times = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        if self._began is not None:
-            times["time/step"] = time.perf_counter() - self._began
-        if not keep:
-            self._seconds = {}
-        return times
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `time/<name>`. The first time programs are compiled, for however long."""
-        began = time.perf_counter()
-        with PROGRESS.doing(name, patient=name not in self._known):
-            yield
-        self._known.add(name)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began

@@ -23,6 +23,7 @@ from dynamo_jax.objective import denominators, policy_loss
 from dynamo_jax.objective.terms import Metrics, clip_of, token_terms
 from dynamo_jax.policy.model import Decoder, param_shardings
 from dynamo_jax.policy.params import PARAMS, param_name
+from dynamo_jax.run.contents import Form
 from dynamo_jax.sharding import sharding
 
 
@@ -173,6 +174,9 @@ class Programs:
     def __init__(self, graph: nnx.GraphDef[Decoder], abstract_params: Any, config: Config, mesh: Mesh) -> None:
         self.optimizer = make_optimizer(config.optimizer)
         self.abstract_state = abstract_state(abstract_params, self.optimizer, mesh)
+        self.forms = [Form(self.abstract_state)]
+        if isinstance(self.abstract_state, MasterState):  # older versions had no masters
+            self.forms.append(Form(TrainState(*self.abstract_state[:4]), with_masters))
         self.traces = {"score": 0, "update": 0}
         rows = sharding(mesh, "batch")
 

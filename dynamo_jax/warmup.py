@@ -6,6 +6,8 @@ there are, and a hundred optimizer steps would turn the last bit of a sum into a
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +19,31 @@ from flax import nnx
 
 from dynamo_jax.batch import TrainBatch
 from dynamo_jax.config import Config
-from dynamo_jax.policy.model import DecoderConfig, abstract_policy, init_policy
+from dynamo_jax.policy.model import DecoderConfig, abstract_policy, init_policy, param_shardings
+from dynamo_jax.run.metrics import ProgressBar
+from dynamo_jax.sharding import of_process_0, to_mesh
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, worked_solutions
 from dynamo_jax.update import State, apply_gradients, completion_mask, completion_stats, init_state
+
+log = logging.getLogger("dynamo_jax")
+
+
+def warmed_up(
+    policy: DecoderConfig, config: Config, heldout: list[str], key: jax.Array, check: Callable[[], None]
+) -> Any:
+    """`warm_up` on every process, shown as it goes, and its parameters on the policy's mesh. `check` may raise."""
+    log.info("Supervised warm-up: %d steps", config.warmup.steps)
+    shown = config.logging.progress and jax.process_index() == 0
+    with ProgressBar(config.warmup.steps, enabled=shown, what="warm-up") as bar:
+
+        def each_step(done: int) -> None:
+            bar.update(done)
+            check()
+
+        # Every process trains its own, alike; hosts of another make may differ in the last bit.
+        alone = dataclasses.replace(policy, mesh=None)
+        params = of_process_0(warm_up(alone, config, heldout, key, each_step))
+    return params if policy.mesh is None else to_mesh(params, param_shardings(params, policy.mesh))
 
 
 def warm_up(

@@ -72,7 +72,7 @@ class Spy(loop.Trainer):
             fresh = self.programs.score(state.params, batch)[0]
             entry = jax.device_get({"before": state, "old": old, "now": now, "fresh": fresh})  # donated just below
             state, metrics = update(state, batch, old, now)
-            self.seen.append(entry | {"after": jax.device_get(state)})
+            self.see(entry | {"after": jax.device_get(state)})
             return state, metrics
 
         def poisoned(reward_B: Any, prompt_of_B: Any) -> Any:
@@ -80,6 +80,9 @@ class Spy(loop.Trainer):
             return advantage_B.at[0].set(np.nan) if next(calls) == self.poison else advantage_B
 
         self.programs.update, self.advantage = spied, poisoned
+
+    def see(self, entry: dict[str, Any]) -> None:
+        self.seen.append(entry)
 
 
 @dataclasses.dataclass

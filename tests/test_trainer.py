@@ -13,14 +13,18 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from small_runs import MESH, STEPS, Coin, Run, coin, patched, run, timeless, write_config
+from small_runs import MESH, STEPS, Coin, Run, Spy, coin, patched, run, timeless, write_config
 
 from dynamo_jax import cli
 from dynamo_jax import trainer as loop
 from dynamo_jax.batch import PromptBatch, Rollouts
 from dynamo_jax.config import load_config
 from dynamo_jax.rounds import Draw
+from dynamo_jax.run import phases
+from dynamo_jax.run.checkpoint import Checkpointer
+from dynamo_jax.run.keeper import Keeper
 from dynamo_jax.run.metrics import read_metrics
+from dynamo_jax.run.phases import Phases
 from dynamo_jax.run.stopping import Stopping
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer
 from dynamo_jax.tasks.rewards import Grading
@@ -86,7 +90,7 @@ def test_run_folder_has_a_line_a_step_and_what_design_names(whole: Run) -> None:
 def test_making_text_is_not_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pieces take two seconds each, a tokenizer ten for each of their five rollouts; the end is known after one."""
     clock = [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: clock[0])
 
     class Slow(ArithmeticTokenizer):
         def decode(self, ids: Sequence[int]) -> str:
@@ -106,11 +110,11 @@ def test_making_text_is_not_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyP
     trainer.task = SimpleNamespace(tokenizer=Slow(), verifier=verifier)
     trainer.state, trainer.stopping = SimpleNamespace(params=None), Stopping()
     trainer.sampler = SimpleNamespace(pieces=pieces)
-    trainer._seconds, trainer._known = {}, set()
+    trainer.phase = Phases()
     with closing(Grading(verifier)) as trainer.grading:
         draw = Draw(prompts, np.array([0, 0, 1, 1, 2]), np.full(3, 0.5, np.float32))
         pool = trainer._sample_and_grade(draw, jax.random.key(0))
-    assert trainer._seconds == {"sample": 5.0, "decode": 50.0, "grade": 0.0}
+    assert trainer.phase.seconds == {"sample": 5.0, "decode": 50.0, "grade": 0.0}
     outputs = [Slow().decode([n + 1] * 2) for n in (3, 3, 3, 2, 2)]
     answers = [names[p] for p in pool.prompt_of_R]
     assert pool.right_R.tolist() == [coin(output, gold) for output, gold in zip(outputs, answers, strict=True)]
@@ -203,15 +207,89 @@ def test_signal_in_the_middle_of_a_step_saves_and_loses_nothing(
     assert Run(tmp_path / "run", made[0]).rollouts(4) == whole.rollouts(4)
 
 
-def test_signal_in_the_evaluation_keeps_the_step(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["train", str(write_config(tmp_path / "run", checkpoint={"every": 50}))]
+def test_signal_in_the_evaluation_ends_it_and_keeps_the_step(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is saved before; its line is written by the next start, which evaluates."""
+    arguments = ["train", str(write_config(tmp_path / "run", checkpoint={"every": 50, "notice_seconds": 1e6}))]
     with monkeypatch.context() as context:
-        patched(context, Coin(lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 4 else None))
+        patched(context)
+        calls, evaluate = iter(range(9)), loop.Trainer._evaluate
+
+        def signalled(trainer: loop.Trainer) -> dict[str, float]:
+            if next(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(trainer)
+
+        context.setattr(loop.Trainer, "_evaluate", signalled)
         assert cli.main(arguments) == 128 + signal.SIGTERM
-    assert [x["step"] for x in timeless(tmp_path / "run")] == [0, 1, 2]
+    assert [x["step"] for x in timeless(tmp_path / "run")] == [0, 1]
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
     made = patched(monkeypatch)
     assert cli.main(arguments) == 0
     assert len(made[0].seen) == 6
+    assert timeless(tmp_path / "run") == whole.metrics
+    assert "time/step" in read_metrics(tmp_path / "run" / "metrics.jsonl")[2]  # of the step that was made before
+
+
+@pytest.mark.parametrize("moment", ["evaluation", "line", "score"])
+def test_death_after_a_step_is_saved_costs_nothing_of_it(
+    whole: Run, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 2 is evaluated and saved: dead before its evaluation, its line or its score, the run goes on after it."""
+    place, name, dies_at = {  # of evaluations and scores the second, of lines the third
+        "evaluation": (loop.Trainer, "_evaluate", 1),
+        "line": (Keeper, "write", 2),
+        "score": (Keeper, "add_score", 1),
+    }[moment]
+    calls, original = iter(range(9)), getattr(place, name)
+
+    def dies(self: Any, *arguments: Any) -> Any:
+        if next(calls) == dies_at:
+            raise AssertionError("killed")
+        return original(self, *arguments)
+
+    arguments = ["train", str(write_config(tmp_path / "run"))]
+    with monkeypatch.context() as context:
+        patched(context)
+        context.setattr(place, name, dies)
+        with pytest.raises(AssertionError, match="killed"):
+            cli.main(arguments)
+    assert [x["step"] for x in timeless(tmp_path / "run")] == [0, 1, *([2] if moment == "score" else [])]
+    made = patched(monkeypatch)
+    assert cli.main(arguments) == 0
+    assert len(made[0].seen) == 6  # steps 3 to 5
+    assert timeless(tmp_path / "run") == whole.metrics
+    folders = [folder / "checkpoints" for folder in (tmp_path / "run", whole.folder)]
+    with (
+        Checkpointer(folders[0], 2, read_only=True) as after,
+        Checkpointer(folders[1], 2, read_only=True) as undisturbed,
+    ):
+        assert (after.steps(), after.best()) == (undisturbed.steps(), undisturbed.best())
+
+
+def test_slow_steps_are_saved_each_and_end_between_their_updates(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes in the first of step 4's two updates: the second is not made, and step 3 has a checkpoint."""
+    checkpoint = {"every": 50, "keep": 9, "notice_seconds": 0.0}
+    arguments = ["train", str(write_config(tmp_path / "run", checkpoint=checkpoint))]
+    with monkeypatch.context() as context:
+        made = patched(context)
+        seen = Spy.see
+
+        def see(spy: Spy, entry: dict[str, Any]) -> None:
+            seen(spy, entry)
+            if len(spy.seen) == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        context.setattr(Spy, "see", see)
+        assert cli.main(arguments) == 128 + signal.SIGTERM
+    assert len(made[0].seen) == 7
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "1", "2", "3"]
+    made = patched(monkeypatch)
+    assert cli.main(arguments) == 0
+    assert len(made[0].seen) == 4
     assert timeless(tmp_path / "run") == whole.metrics
 
 

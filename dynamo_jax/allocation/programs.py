@@ -17,7 +17,10 @@ from dynamo_jax.allocation.stats import PromptStats, discounted, init_stats, pos
 from dynamo_jax.allocation.vip import GaussianProcess, fourier_features, init_gp, observe, predict
 from dynamo_jax.batch import Pool
 from dynamo_jax.config import AllocationConfig
+from dynamo_jax.run.contents import Form
 from dynamo_jax.sharding import sharding, to_host, to_mesh
+
+OLDER_GP_NAMES = ("precision_MM", "information_M", "last_step")  # in checkpoints, before W meant Fourier features
 
 
 class AllocationState(NamedTuple):
@@ -108,6 +111,10 @@ class AllocationPrograms:
         self.abstract_stats = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._everywhere), jax.eval_shape(start)
         )
+        self.forms = [Form(self.abstract_stats)]
+        if self.abstract_stats.gp is not None:
+            older = self.abstract_stats._replace(gp=dict(zip(OLDER_GP_NAMES, self.abstract_stats.gp, strict=True)))
+            self.forms.append(Form(older, _with_todays_gp))
         self.init: Callable[[], AllocationState] = jax.jit(start, out_shardings=self._everywhere)
         self.allocate_program: Callable[..., Any] = jax.jit(plan, out_shardings=self._everywhere)
         self.record_program: Callable[..., AllocationState] = jax.jit(learn, out_shardings=self._everywhere)
@@ -144,6 +151,10 @@ class AllocationPrograms:
 
     def _features(self, index_P: np.ndarray) -> np.ndarray | None:
         return None if self._features_NE is None else self._features_NE[np.asarray(index_P)]
+
+
+def _with_todays_gp(stats: Any) -> AllocationState:
+    return AllocationState(stats.prompts, GaussianProcess(*(stats.gp[name] for name in OLDER_GP_NAMES)))
 
 
 def _check_features(rule: str, features_NE: np.ndarray | None, num_prompts: int) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from dynamo_jax.run.checkpoint_files import (
     step_folders,
     write_files_list,
 )
+from dynamo_jax.run.contents import Form
 from dynamo_jax.run.folder import write_atomic
 from dynamo_jax.run.storage import StorageError, failing_quietly
 from dynamo_jax.sharding import agreed
@@ -205,16 +206,19 @@ class Checkpointer:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
         return restored["state"], data["host"]
 
-    def restore_newest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore_newest(self, abstract_state: Any, older: Sequence[Form] = ()) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, host data) of the newest checkpoint that can be read, None if there is none.
 
-        One that orbax cannot read is moved aside as a damaged one is. Raises `CheckpointError` for one of another
-        model or optimizer, which says nothing about the files.
+        One in a form of `older` versions is made one of today. One that orbax cannot read is moved aside as a damaged
+        one is. Raises `CheckpointError` for one of another model or optimizer, which says nothing about the files.
         """
         while (step := self.latest()) is not None:
             failure: UnreadableError | None = None
             try:
-                state, host = self.restore(step, abstract_state)
+                saved = self._read_host(step)["arrays"]
+                form = next((form for form in older if saved == _describe(form.arrays)), Form(abstract_state))
+                state, host = self.restore(step, form.arrays)
+                state = form.upgrade(state)
             except UnreadableError as error:
                 failure = error
             if not agreed(failure is not None):  # a process that raises something else ends the run of all

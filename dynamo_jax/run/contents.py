@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -24,6 +24,25 @@ class Contents(NamedTuple):
     def load_state(cls, arrays: Mapping[str, Any], host: Mapping[str, Any]) -> Contents:
         """The inverse of `state`. Older runs saved a step after its line, and did not note the held-out prompts."""
         return cls(arrays["train"], arrays["stats"], host["data"], host.get("evals"), host.get("line"))
+
+
+class Form(NamedTuple):
+    """Arrays as some version saved them (`jax.ShapeDtypeStruct` leaves), and how those of today are made from them."""
+
+    arrays: Any
+    upgrade: Callable[[Any], Any] = lambda arrays: arrays
+
+
+def forms(train: Sequence[Form], history: Sequence[Form]) -> list[Form]:
+    """The forms of a whole state, today's first, from those of its parts."""
+
+    def combined(t: Form, h: Form) -> Form:
+        def upgrade(arrays: Mapping[str, Any]) -> dict[str, Any]:
+            return {"train": t.upgrade(arrays["train"]), "stats": h.upgrade(arrays["stats"])}
+
+        return Form({"train": t.arrays, "stats": h.arrays}, upgrade)
+
+    return [combined(t, h) for t in train for h in history]
 
 
 def with_params_alone(params: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from dynamo_jax.config import Config
 from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.run.bucket import Locations
 from dynamo_jax.run.checkpoint import Checkpointer
-from dynamo_jax.run.contents import Contents
+from dynamo_jax.run.contents import Contents, Form
 from dynamo_jax.run.folder import RunFolder, Status
 from dynamo_jax.run.metrics import read_metrics
 from dynamo_jax.run.storage import patiently
@@ -52,12 +52,14 @@ class Keeper:
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
 
-    def resume(self, abstract_arrays: Any) -> Contents | None:
-        """What the newest checkpoint holds, onto these shardings; its step is `saved`. None: the run starts anew.
+    def resume(self, forms: Sequence[Form]) -> Contents | None:
+        """What the newest checkpoint holds, onto the shardings of `forms`; `saved` is its step. None: there is none.
 
         If its line is in `metrics.jsonl` already, `line` of the result is None.
         """
-        found = self._patiently(partial(self.checkpoints.restore_newest, abstract_arrays), "the newest checkpoint")
+        found = self._patiently(
+            partial(self.checkpoints.restore_newest, forms[0].arrays, forms[1:]), "the newest checkpoint"
+        )
         contents = Contents.load_state(*found[1:]) if found else None
         self.saved = found[0] if found else None
         known = contents is not None and contents.line is not None

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dynamo_jax.allocation import RULES, PromptStats, Rule, prompt_features, released_allocate, released_priority
-from dynamo_jax.allocation.programs import AllocationPrograms, AllocationState
+from dynamo_jax.allocation.programs import OLDER_GP_NAMES, AllocationPrograms, AllocationState
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts
-from dynamo_jax.config import AllocationConfig, MeshConfig, tree
+from dynamo_jax.config import AllocationConfig, MeshConfig, choices
 from dynamo_jax.config.tree import VIPConfig
 from dynamo_jax.run.checkpoint import Checkpointer
 from dynamo_jax.sharding import make_mesh
@@ -54,7 +54,7 @@ def run(p: AllocationPrograms, steps: int, seed: int = 0) -> list[Any]:
 
 
 def test_the_table_and_the_config_name_the_same_rules() -> None:
-    assert set(RULES) == set(get_args(tree.Rule))
+    assert set(RULES) == set(get_args(choices.Rule))
 
 
 @pytest.mark.parametrize("on_host", [False, True])
@@ -228,3 +228,17 @@ def test_reinforce_ada_needs_an_even_first_round() -> None:
     p = programs("reinforce_ada")
     with pytest.raises(ValueError, match="budget = 64 is not a multiple of 7 prompts"):
         p.allocate(p.init(), np.arange(7, dtype=np.int32), 1)
+
+
+def test_a_state_with_the_names_of_an_older_version_is_taken_over(tmp_path: Path) -> None:
+    """Before W was their letter, arrays over Fourier features were called otherwise."""
+    allocation = programs("vip")
+    stats = allocation.init()
+    stats = stats._replace(gp=stats.gp._replace(precision_WW=stats.gp.precision_WW + 2.0, last_step=jnp.int32(7)))
+    older = stats._replace(gp=dict(zip(OLDER_GP_NAMES, stats.gp, strict=True)))
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, older, {})
+        today, *others = allocation.forms
+        found = checkpoints.restore_newest(today.arrays, others)
+    assert found is not None
+    jax.tree.map(np.testing.assert_array_equal, found[1], stats)
