@@ -52,7 +52,7 @@ def test_the_table_is_read_whole() -> None:
 
 
 def test_every_array_of_the_package_is_named_with_declared_letters() -> None:
-    files = [path for path in sorted(PACKAGE.rglob("*.py"))]
+    files = sorted(PACKAGE.rglob("*.py"))
     wrong = [f"{path.relative_to(PACKAGE)}:{found}" for path in files for found in undeclared(path.read_text())]
     assert not wrong
     assert sum(1 for path in files for _ in arrays(path.read_text())) > 300

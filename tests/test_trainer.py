@@ -214,14 +214,14 @@ def test_signal_in_the_evaluation_ends_it_and_keeps_the_step(
     arguments = ["train", str(write_config(tmp_path / "run", checkpoint={"every": 50, "notice_seconds": 1e6}))]
     with monkeypatch.context() as context:
         patched(context)
-        calls, evaluate = iter(range(9)), loop.Trainer._evaluate
+        calls, evaluate = iter(range(9)), Spy._evaluate
 
-        def signalled(trainer: loop.Trainer) -> dict[str, float]:
+        def signalled(trainer: Spy) -> dict[str, float]:
             if next(calls) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(trainer)
 
-        context.setattr(loop.Trainer, "_evaluate", signalled)
+        context.setattr(Spy, "_evaluate", signalled)
         assert cli.main(arguments) == 128 + signal.SIGTERM
     assert [x["step"] for x in timeless(tmp_path / "run")] == [0, 1]
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
