@@ -1,4 +1,4 @@
-"""The table of rules. A new one is a file with its function, an entry here and in `config.choices.Rule`, and a recipe."""
+"""The table of rules. A new one is a file with its function, an entry here and in `config.choices`, and a recipe."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from dynamo_jax.run.bucket import is_remote, place
 from dynamo_jax.run.checkpoint_files import (
+    SCORE_NAME,
     UNFINISHED,
     CheckpointError,
     damage,
@@ -164,12 +165,12 @@ class Checkpointer:
         change nothing. Raises `CheckpointStorageError` if it cannot be written; the same call may be made again.
         """
         self.wait()
-        file = self._folder(step) / "metrics" / "metrics"  # where and as orbax itself writes one
+        file = self._folder(step) / SCORE_NAME
 
         def write() -> None:
             if score is None or not math.isfinite(score) or step not in self.steps():
                 return
-            text = json.dumps({"score": float(score)})
+            text = json.dumps({"score": float(score)})  # as orbax itself writes it
             if is_remote(file):
                 file.write_text(text)  # an object appears whole
             else:

@@ -18,6 +18,7 @@ from dynamo_jax.run.bucket import COMMITTED, below, is_remote, move, place, reac
 from dynamo_jax.run.storage import StorageError
 
 FILES_NAME = "files.json"
+SCORE_NAME = "metrics/metrics"  # where orbax keeps one
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that orbax still writes
 # Larger files are compared by size only: reading the many gigabytes of a large run twice would slow its resume.
 CHECKSUM_BYTES = 256 << 20
@@ -71,7 +72,7 @@ def damage(folder: Path) -> str | None:
 
 def score_damage(folder: Path) -> str | None:
     """What is wrong with the score, or None. Orbax reads that of every checkpoint, whichever one is restored."""
-    path = folder / "metrics" / "metrics"
+    path = folder / SCORE_NAME
     try:
         if not isinstance(json.loads(_read(path))["score"], float):
             raise TypeError("its score is not a number")
@@ -164,10 +165,16 @@ def resolve_checkpoint(path: str | Path) -> tuple[Path, int]:
 
 
 def written(folder: Path) -> int:
-    """A number that no other checkpoint in its place would have: a time, or what a bucket counts its writes by."""
+    """A number that no other checkpoint in its place would have: a time, or what a bucket counts its writes by.
+
+    A score, which may come later, does not change it.
+    """
     if is_remote(folder):
-        return max((int(info["generation"]) for info in below(folder).values()), default=0)
-    return max(path.stat().st_mtime_ns for path in (folder, *folder.iterdir()))
+        files = {name: info for name, info in below(folder).items() if name != SCORE_NAME}
+        return max((int(info["generation"]) for info in files.values()), default=0)
+    list_of_files = folder / FILES_NAME  # a folder of another make has none
+    paths = [list_of_files] if list_of_files.exists() else [folder, *folder.iterdir()]
+    return max(path.stat().st_mtime_ns for path in paths)
 
 
 def delete_remedy(folder: Path) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dynamo_jax.run import checkpoint as checkpoint_module
 from dynamo_jax.run import checkpoint_files
 from dynamo_jax.run.checkpoint import Checkpointer, CheckpointError, resolve_checkpoint
+from dynamo_jax.run.checkpoint_files import written
 from dynamo_jax.run.metrics import read_metrics
 
 KILLS = 10
@@ -205,7 +206,10 @@ def test_a_score_that_comes_after_the_save_counts_as_one_that_came_with_it(tmp_p
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         for step, score in {1: 0.2, 2: 0.9, 3: 0.3, 4: None, 5: float("nan"), 6: 0.4}.items():
             checkpointer.save(step, small(step), {"step": step})
+            checkpointer.wait()
+            before = written(tmp_path / str(step))
             checkpointer.add_score(step, score)
+            assert written(tmp_path / str(step)) == before  # what was sampled from it may be gone on with
         assert (checkpointer.steps(), checkpointer.best()) == ([2, 6], 2)
         checkpointer.add_score(5, 1.0)  # it is not there any more
         checkpointer.add_score(6, 0.4)  # once more, as after a kill
