@@ -225,25 +225,25 @@ def update_policy(
     Returns: the new state, and float32 scalars over the mini-batch. If the loss or the gradient is not finite, the
     parameters and the optimizer stay as they were and `skipped` goes up by one.
     """
-    c = config.objective
+    o = config.objective
     mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
     advantage_MC, terms, metrics = token_terms(batch, old, now, mask_MC, config)
-    whole_batch = denominators(mask_MC, c.aggregation)
+    whole_batch = denominators(mask_MC, o.aggregation)
 
     def loss_fn(params: Any, micro: Any) -> tuple[jax.Array, Metrics]:
         rows, old_logp, advantages, mask, terms = micro
         stats = completion_stats(nnx.merge(graph, params), rows, config.rollout.temperature)
-        if c.entropy_coefficient:
-            terms = terms._replace(bonus=c.entropy_coefficient * stats.entropy)
+        if o.entropy_coefficient:
+            terms = terms._replace(bonus=o.entropy_coefficient * stats.entropy)
         return policy_loss(
             stats.logp,
             old_logp,
             advantages,
             mask,
-            clip_of(c),
-            aggregation=c.aggregation,
+            clip_of(o),
+            aggregation=o.aggregation,
             denominators=whole_batch,
-            ratio=c.ratio,
+            ratio=o.ratio,
             terms=terms,
         )
 

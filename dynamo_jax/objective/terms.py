@@ -35,37 +35,37 @@ def token_terms(
         old: statistics under the policy that sampled; `now`: under the policy that is updated.
         mask_MC: 1 for tokens that count.
     """
-    c = config.objective
+    o = config.objective
     advantage_MC, metrics = token_advantages(batch.advantage_M, old, now, mask_MC, config)
     keep_MC = kl_MC = None
     tokens = jnp.maximum(jnp.sum(mask_MC), 1)
-    if c.fork_fraction is not None:
-        keep_MC, threshold = fork_tokens(now.entropy, mask_MC, c.fork_fraction)
+    if o.fork_fraction is not None:
+        keep_MC, threshold = fork_tokens(now.entropy, mask_MC, o.fork_fraction)
         metrics |= {
             "objective/fork_fraction": jnp.sum(keep_MC * mask_MC) / tokens,
             "objective/fork_threshold": threshold,
         }
-    if c.clip_cov.enabled or c.kl_cov.enabled:
+    if o.clip_cov.enabled or o.kl_cov.enabled:
         priority_MC = token_priority(jax.random.key(0), batch.random_M, mask_MC.shape[1])
-    if c.clip_cov.enabled:
+    if o.clip_cov.enabled:
         # The ratio that the clip sees, as a difference to logp.
-        seen_MC = now.logp - log_ratio(now.logp, old.logp, mask_MC, c.ratio)
+        seen_MC = now.logp - log_ratio(now.logp, old.logp, mask_MC, o.ratio)
         detached_MC = clip_cov_tokens(
             now.logp,
             seen_MC,
             advantage_MC,
             mask_MC,
             priority_MC,
-            clip_of(c),
-            fraction=c.clip_cov.fraction,
-            low=c.clip_cov.low,
-            high=c.clip_cov.high,
+            clip_of(o),
+            fraction=o.clip_cov.fraction,
+            low=o.clip_cov.low,
+            high=o.clip_cov.high,
         )
         keep_MC = ~detached_MC if keep_MC is None else keep_MC & ~detached_MC
         metrics["objective/clip_cov_fraction"] = jnp.sum(detached_MC) / tokens
-    if c.kl_cov.enabled:
-        penalised_MC = kl_cov_tokens(now.logp, advantage_MC, mask_MC, priority_MC, fraction=c.kl_cov.fraction)
-        kl_MC = c.kl_cov.coefficient * penalised_MC
+    if o.kl_cov.enabled:
+        penalised_MC = kl_cov_tokens(now.logp, advantage_MC, mask_MC, priority_MC, fraction=o.kl_cov.fraction)
+        kl_MC = o.kl_cov.coefficient * penalised_MC
         metrics["objective/kl_cov_fraction"] = jnp.sum(penalised_MC) / tokens
     return advantage_MC, TokenTerms(keep=keep_MC, kl_coef=kl_MC, weight=batch.weight_M[:, None]), metrics
 
@@ -100,7 +100,7 @@ def token_advantages(
 def _modulated(
     advantage_MC: jax.Array, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    c, m = config.objective, config.modulation
+    o, m = config.objective, config.modulation
     change_MC = entropy_change(
         now.logp,
         old.logp,
@@ -108,9 +108,9 @@ def _modulated(
         now.lambda_mean,
         advantage_MC,
         mask_MC,
-        clip_of(c),
+        clip_of(o),
         baseline=m.entropy_change,
-        log_ratio=log_ratio(now.logp, old.logp, mask_MC, c.ratio),
+        log_ratio=log_ratio(now.logp, old.logp, mask_MC, o.ratio),
     )
     return modulate(
         advantage_MC,

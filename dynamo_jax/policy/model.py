@@ -51,19 +51,19 @@ class Blocks(nnx.Module):
 
     def __call__(self, x_BQD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         """One pre-norm layer. `attend` maps (q, k, v) to (output, what the caller keeps of k and v)."""
-        c = self.config.shape
-        y_BQD = _rms_norm(x_BQD, self.attention_norm[...], c.rms_norm_eps)
+        shape = self.config.shape
+        y_BQD = _rms_norm(x_BQD, self.attention_norm[...], shape.rms_norm_eps)
         q_BQAH = self._dot("bqd,dah->bqah", y_BQD, self.q)
         k_BQKH = self._dot("bqd,dkh->bqkh", y_BQD, self.k)
         v_BQKH = self._dot("bqd,dkh->bqkh", y_BQD, self.v)
-        if c.qkv_bias:
+        if shape.qkv_bias:
             q_BQAH += self.q_bias[...].astype(q_BQAH.dtype)
             k_BQKH += self.k_bias[...].astype(k_BQKH.dtype)
             v_BQKH += self.v_bias[...].astype(v_BQKH.dtype)
         out_BQAH, kept = attend(_rotate(q_BQAH, *rope), _rotate(k_BQKH, *rope), v_BQKH)
         # einsum sums in the order of its letters: H comes before a, so that the last bits stay what they were.
         x_BQD = x_BQD + self._dot("bqaH,aHd->bqd", out_BQAH, self.o)
-        y_BQD = _rms_norm(x_BQD, self.mlp_norm[...], c.rms_norm_eps)
+        y_BQD = _rms_norm(x_BQD, self.mlp_norm[...], shape.rms_norm_eps)
         gate_BQF = jax.nn.silu(self._dot("bqd,df->bqf", y_BQD, self.gate))
         up_BQF = self._dot("bqd,df->bqf", y_BQD, self.up)
         return x_BQD + self._dot("bqf,fd->bqd", gate_BQF * up_BQF, self.down), kept
