@@ -367,6 +367,7 @@ class Trainer:
             shown["tokens/s"] = f"{metrics['rollout/tokens_per_second']:.0f}"
             self.bar.update(step, {name: value for name, value in shown.items() if value})
         if score is not None:
+            self._save(step, last=True)  # again, if the storage has failed meanwhile
             self.keeper.add_score(step, score)
 
     def _evaluates(self, step: int) -> bool:

@@ -34,7 +34,7 @@ class Witness(loop.Trainer):
         if step == int(os.environ.get("HANG_AT", "0")) and jax.process_index() == 1:
             time.sleep(3600)
         metrics = super().step(step)
-        stats = jax.tree.map(lambda x: np.asarray(x).tolist(), to_host(self.stats))
+        stats = jax.tree.map(lambda x: np.asarray(x).tolist(), to_host(self.history))
         told = {k: v for k, v in metrics.items() if "per_second" not in k}
         with open(self.places.work.with_suffix(f".knows{jax.process_index()}"), "a") as file:
             file.write(json.dumps({"step": step, "metrics": told, "stats": jax.tree.leaves(stats)}) + "\n")

@@ -146,7 +146,7 @@ def seen(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     batches = [batch for *_, part, _ in parts for batch in part]
     updates = len(batches) // STEPS
     by_step = [batches[i * updates : (i + 1) * updates] for i in range(STEPS)]
-    return Seen(folder, sampled, graded, by_step, jax.device_get(parts[-1][-1].stats.prompts))
+    return Seen(folder, sampled, graded, by_step, jax.device_get(parts[-1][-1].history.prompts))
 
 
 def test_this_run_shows_what_it_should(seen: Seen) -> None:

@@ -229,6 +229,25 @@ def test_status_tells_a_run_to_start_again_from_one_to_mend(
     assert status(tmp_path) == (state, 0, str(error))
 
 
+def test_a_checkpoint_that_fails_while_its_step_is_evaluated_is_written_again(
+    whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
+) -> None:
+    """Before the next step, and it gets its score."""
+    write, failures = Checkpointer._write_files_list, iter([True])
+
+    def failing(self: Checkpointer) -> None:
+        if next(failures, False):
+            raise OSError(5, os.strerror(5))
+        write(self)
+
+    monkeypatch.setattr(Checkpointer, "_write_files_list", failing)
+    assert train(tmp_path, "checkpoint.keep=9") == 0
+    assert result(tmp_path) == whole
+    with Checkpointer(tmp_path / "run" / "checkpoints", keep=9, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [0, 1, 2, 3]
+    assert all((tmp_path / "run" / "checkpoints" / step / "metrics" / "metrics").exists() for step in ("0", "3"))
+
+
 def test_what_ends_a_run_that_hangs_tells_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The watchdog's way out and the one that knows `status.json` and the other processes are one."""
     statuses: list[int] = []

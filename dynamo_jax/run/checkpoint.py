@@ -10,6 +10,8 @@ import contextlib
 import json
 import logging
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -376,8 +378,9 @@ def _as_checkpoint_error(
         while root.__cause__ is not None:
             root = root.__cause__
         reason = " ".join(str(root).split()).rstrip(".") or "no reason given"
-        if len(reason) > 300:  # tensorstore puts the system's word at the end
-            reason = f"{reason[:100]} ... {reason[-195:]}"
+        if len(reason) > 300:  # tensorstore tells much, and the system's word somewhere towards the end
+            code = re.search(r"\[os_error_code='(\d+)'\]", reason)
+            reason = f"{reason[:100]} ... {os.strerror(int(code[1])) if code else reason[-195:]}"
         if issubclass(kind, StorageError) and isinstance(root, BUGS):
             kind = CheckpointError
         raise kind(f"{folder}: {what}: {type(root).__name__}: {reason}. {remedy}") from error

@@ -90,7 +90,7 @@ class MetricsLog:
             self._wandb.log(numbers, step=step)
 
     def sync(self) -> None:
-        """Put every line on the disk. Call before each checkpoint, which may not be newer than its metrics.
+        """Put every line on the disk. Call before each checkpoint, which knows no line but that of its own step.
 
         Raises `StorageError` if that fails; the same call may be made again.
         """
