@@ -191,7 +191,7 @@ def test_references_are_looked_at_without_the_users_function(tmp_path, monkeypat
 
 def test_every_process_has_a_file_of_killed_answers(tmp_path, monkeypatch):
     """In the run's folder. In a bucket, process 0's is where it mirrors, the others' right there."""
-    monkeypatch.setenv("DYNAMO_JAX_WORK_DIR", str(tmp_path / "work"))
+    monkeypatch.setenv("DYNAMO_JAX_WORK_DIR", str(tmp_path / "here"))
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")  # nobody is asked
     config = load(tmp_path)
     files = {}
@@ -201,7 +201,7 @@ def test_every_process_has_a_file_of_killed_answers(tmp_path, monkeypatch):
             files[run, index] = str(killed_answers(dataclasses.replace(config, run_dir=run)))
     assert files["runs/a", 0] == "runs/a/killed_answers.jsonl"
     assert files["runs/a", 1] == "runs/a/killed_answers.1.jsonl"
-    assert files["gs://bucket/runs/a", 0].startswith(f"{tmp_path}/work/a-")
+    assert files["gs://bucket/runs/a", 0].startswith(f"{tmp_path}/here/a-")
     assert files["gs://bucket/runs/a", 1] == "gs://bucket/runs/a/killed_answers.1.jsonl"
 
 
