@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 import yaml
-from jax.experimental.compilation_cache import compilation_cache
+from compiled import kept_in
 
 from dynamo_jax import cli
 from dynamo_jax import trainer as loop
@@ -30,17 +29,9 @@ MATH = {"kind": "math", "max_prompt_tokens": 64, "chat_template": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def compiled_once(xla_folder: Path) -> Iterator[None]:
     """The commands here run the same few programs again and again."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    yield from kept_in(xla_folder)
 
 
 def write_config(folder: Path, run_dir: Path | None = None, **changes: object) -> Path:

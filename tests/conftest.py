@@ -12,9 +12,8 @@ os.environ["XLA_FLAGS"] = (
 
 from collections.abc import Iterator
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from compiled import kept_in
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -27,18 +26,13 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def xla_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all modules of a process: they compile many programs alike."""
+    return tmp_path_factory.mktemp("xla")
+
+
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every run in a module has its own trainer, which traces anew; XLA's cache spares compiling a program again."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    for settings in (values, before):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is values:
-            yield
+def compiled_once(xla_folder: Path) -> Iterator[None]:
+    """XLA's cache spares compiling a program again."""
+    yield from kept_in(xla_folder)
