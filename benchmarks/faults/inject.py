@@ -310,10 +310,10 @@ def full_disk(run: Run) -> Outcome:
         run.start(pause=0.2)
         run.until_step(4)
         filler = run.beside / "disk" / "filler"
-        with open(filler, "wb") as file, contextlib.suppress(OSError):
+        # Without a buffer, whose rest would be written once more, and fail, when the file is closed.
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"\0" * 65536)
-                file.flush()
         run.until(lambda: "No space left" in run.said())
         time.sleep(2.0)
         filler.unlink()
@@ -344,10 +344,10 @@ def full_for_good(run: Run) -> Outcome:
         run.start("checkpoint.patience=2", pause=0.2)
         run.until_step(4)
         filler = run.beside / "disk" / "filler"
-        with open(filler, "wb") as file, contextlib.suppress(OSError):
+        # Without a buffer, whose rest would be written once more, and fail, when the file is closed.
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"\0" * 65536)
-                file.flush()
         run.wait(TEMPFAIL)
         expect("Mend the storage; the same command goes on", run.said())
         run.start()
