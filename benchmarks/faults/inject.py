@@ -308,7 +308,7 @@ def full_disk(run: Run) -> Outcome:
     run.folder = run.beside / "disk" / "run"
     with small_disk(run.beside / "disk", 64):
         run.start(pause=0.2)
-        run.until_step(4)
+        run.until_step(5)  # no checkpoint is on its way: steps 4, which is evaluated, and 6 have one
         filler = run.beside / "disk" / "filler"
         # Without a buffer, whose rest would be written once more, and fail, when the file is closed.
         with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
