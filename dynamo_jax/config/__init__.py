@@ -5,7 +5,8 @@ anything is compiled. `load_config` is the only way in; every error is a `Config
 """
 
 from dynamo_jax.config.checks import architecture_problems
-from dynamo_jax.config.load import ConfigError, differences, dump_config, load_config, resolved
+from dynamo_jax.config.load import differences, dump_config, load_config, resolved
+from dynamo_jax.config.syntax import ConfigError
 from dynamo_jax.config.tree import (
     AllocationConfig,
     ArchitectureConfig,
