@@ -13,6 +13,7 @@ import pydantic
 from dynamo_jax.config.checks import impossible
 from dynamo_jax.config.explain import explain, other_bases
 from dynamo_jax.config.fields import fields, type_below
+from dynamo_jax.config.overrides import apply_override
 from dynamo_jax.config.syntax import Bare, ConfigError, dump, is_null, parse, plain
 from dynamo_jax.config.tree import Config
 
@@ -26,7 +27,9 @@ FREE_ON_RESUME = (
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply `key.sub=value` overrides (values in YAML syntax), check everything that needs no device.
+    """Read `path`, apply `key.sub=value` overrides, check everything that needs no device.
+
+    The value of an override is in YAML; that of a text is all that follows the `=`, as it is written (`overrides.py`).
 
     A file may name another as its `base`, relative to itself, and then holds only what differs from it: sections merge,
     values and lists replace. `base=FILE` as an override lays the same differences over another file.
@@ -36,7 +39,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read_yaml(Path(path))
     _locate_base(Path(path), tree)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     where, tree = _over_base(str(path), tree, (Path(path).resolve(),))
     config = _parse(where, tree)
     for key, value, why, remedy in impossible(config):
@@ -136,22 +139,6 @@ def _over_base(where: str, tree: dict[str, Any], seen: tuple[Path, ...]) -> tupl
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
     return {**below, **above, **both}
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Put the value into `tree`, whose sections may be missing. Raises `ConfigError` naming the override."""
-    key, equals, text = override.partition("=")
-    keys, where = key.split("."), f"override {override!r}"
-    if not equals or not key or not all(keys):
-        raise ConfigError(f"{where}: is not of the form key.sub=value, for example trainer.steps=10")
-    node = tree
-    for depth, parent in enumerate(keys[:-1], 1):
-        if is_null(node.get(parent)):
-            node[parent] = {}
-        if not isinstance(node[parent], dict):
-            raise ConfigError(f"{where}: {'.'.join(keys[:depth])} is a value, not a section")
-        node = node[parent]
-    node[keys[-1]] = parse(text, where)
 
 
 def _parse(where: str, tree: dict[str, Any]) -> Config:
