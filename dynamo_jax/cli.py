@@ -116,12 +116,12 @@ def _take_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     that takes many values (`--benchmark`), read it as one of these.
     """
     command = next((word for word in words if not word.startswith("-")), "")
-    if command not in ("train", "eval", "export"):
+    if command not in ("train", "eval", "export", "plan"):
         return list(words), []
     rest: list[str] = []
     overrides: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
-        is_value = before in ("--checkpoint", "--json", "--out", "--samples", "--profile-steps")
+        is_value = before in ("--checkpoint", "--json", "--out", "--samples", "--profile-steps", "--topology")
         (overrides if _OVERRIDE.match(word) and not is_value else rest).append(word)
     return rest, overrides
 

@@ -101,6 +101,24 @@ def test_overrides_may_stand_anywhere(monkeypatch, words):
     assert seen[1][1] == {"allow_dropped": "--allow-dropped" in words}
 
 
+@pytest.mark.parametrize("override", ["run_dir=-x --y  z ", "run_dir=a\nb=c", "run_dir=", "task.train=*", "seed=-1"])
+@pytest.mark.parametrize(
+    "words", ["train", "eval --checkpoint c", "export --checkpoint c --out o", "plan --topology v"]
+)
+def test_an_override_is_one_word_whatever_it_holds(monkeypatch, words, override):
+    seen = []
+
+    def load(path, overrides):
+        seen.append(overrides)
+        raise ValueError
+
+    monkeypatch.setattr(cli, "load_config", load)
+    name, *options = words.split()
+    assert cli.main([name, "c.yaml", *options, override, "seed=3"]) == 2
+    assert cli.main([name, override, *options, "seed=3", "c.yaml"]) == 2
+    assert seen == [[override, "seed=3"]] * 2
+
+
 def test_a_report_takes_runs_with_any_name(capsys, tmp_path):
     assert "lr=1: no such run folder" in refused(capsys, "report", "lr=1", "--out", tmp_path / "x.html")
 
