@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamo_jax.config import load_config
+from dynamo_jax.config import at_home, load_config
 
 # jax, orbax and transformers take seconds to import: each command imports what it needs once its config is known good.
 
 DEFAULT_K = (1, 8, 32)
+CHECKPOINT = "a run folder (or gs://...), or one of its checkpoints"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # a file of such a name is written ./a=b
 
 
@@ -133,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def with_config(name: str, run: object, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", type=Path, help="a YAML file, such as configs/arithmetic_cpu.yaml")
+        command.add_argument("config", type=_file, help="a YAML file, such as configs/arithmetic_cpu.yaml")
         command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
         command.set_defaults(run=run)
         return command
@@ -143,31 +144,43 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--profile-steps", type=_steps, metavar="FIRST:LAST", help=text)
 
     command = with_config("eval", _eval, "Pass@1 and Pass@k with 95% intervals.")
-    command.add_argument("--checkpoint", required=True, help="a run folder (or gs://...), or one of its checkpoints")
+    command.add_argument("--checkpoint", type=_place, required=True, help=CHECKPOINT)
     text = "JSONL or Parquet; default: the config's held-out prompts"
-    command.add_argument("--benchmark", nargs="+", default=[], metavar="FILE", help=text)
+    command.add_argument("--benchmark", type=_place, nargs="+", default=[], metavar="FILE", help=text)
     command.add_argument("--samples", type=_positive, default=32, help="samples of each problem (default 32)")
     command.add_argument("--k", type=_positive, nargs="+", help="Pass@k to report (default 1 8 32, up to --samples)")
-    command.add_argument("--json", type=Path, help="write the results to this file, too")
+    command.add_argument("--json", type=_file, help="write the results to this file, too")
     text = "folder of the saved samples (default: eval/CHECKPOINT in the run's folder); a second run goes on there"
-    command.add_argument("--out", type=Path, help=text)
+    command.add_argument("--out", type=_file, help=text)
     command.add_argument("--regrade", action="store_true", help="judge the saved samples again, sample nothing")
     text = "leave problems over task.max_prompt_tokens out of the scores, instead of counting them as wrong"
     command.add_argument("--allow-dropped", action="store_true", help=text)
 
     command = with_config("export", _export, "Write a folder that transformers and vLLM load.")
-    command.add_argument("--checkpoint", required=True, help="a run folder (or gs://...), or one of its checkpoints")
-    command.add_argument("--out", type=Path, required=True, help="the folder to make")
+    command.add_argument("--checkpoint", type=_place, required=True, help=CHECKPOINT)
+    command.add_argument("--out", type=_file, required=True, help="the folder to make")
 
     command = with_config("plan", _plan, "Compile every program for a TPU slice without having one: does it fit?")
     command.add_argument("--topology", required=True, help="the slice, such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
 
     text = "Curves and tables of runs, side by side, in one HTML file."
     command = commands.add_parser("report", help=text, description=text)
-    command.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or gs://...")
-    command.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    command.add_argument("runs", type=_place, nargs="+", metavar="RUN", help="a run folder, or gs://...")
+    command.add_argument("--out", type=_file, required=True, metavar="FILE.html")
     command.set_defaults(run=_report)
     return parser
+
+
+def _place(text: str) -> str:
+    """A path, or gs://..."""
+    try:
+        return at_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _file(text: str) -> Path:
+    return Path(_place(text))
 
 
 def _positive(text: str) -> int:

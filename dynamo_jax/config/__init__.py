@@ -5,6 +5,7 @@ anything is compiled. `load_config` is the only way in; every error is a `Config
 """
 
 from dynamo_jax.config.checks import architecture_problems
+from dynamo_jax.config.home import at_home
 from dynamo_jax.config.load import differences, dump_config, load_config, resolved
 from dynamo_jax.config.syntax import ConfigError
 from dynamo_jax.config.tree import (
@@ -49,6 +50,7 @@ __all__ = [
     "WarmupConfig",
     "WatchdogConfig",
     "architecture_problems",
+    "at_home",
     "differences",
     "dump_config",
     "load_config",

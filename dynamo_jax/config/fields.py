@@ -1,11 +1,12 @@
-"""What the tree says of a key."""
+"""What the tree says of a key: its type, and whether it holds paths."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from dynamo_jax.config.home import AT_HOME
 from dynamo_jax.config.tree import Config
 
 TEXTS = tuple[str, ...]
@@ -46,3 +47,15 @@ def plain_type(annotation: Any) -> Any:
     if get_origin(annotation) is tuple and inner[1:] == (...,):
         return types.GenericAlias(tuple, (plain_type(inner[0]), ...))
     return dict if get_origin(annotation) is dict else annotation
+
+
+def holds_paths(section: Any, key: str) -> bool:
+    """Whether the setting is a path, or a list of them."""
+    field = fields(section).get(key)
+    return field is not None and (AT_HOME in field.metadata or AT_HOME in _parts(field.annotation))
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    for part in get_args(annotation):
+        yield part
+        yield from _parts(part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pydantic
 
 from dynamo_jax.config.checks import impossible
 from dynamo_jax.config.explain import explain, other_bases
-from dynamo_jax.config.fields import fields, type_below
+from dynamo_jax.config.fields import fields, holds_paths, type_below
+from dynamo_jax.config.home import at_home
 from dynamo_jax.config.overrides import apply_override
 from dynamo_jax.config.syntax import Bare, ConfigError, dump, is_null, parse, plain
 from dynamo_jax.config.tree import Config
@@ -30,6 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, apply `key.sub=value` overrides, check everything that needs no device.
 
     The value of an override is in YAML; that of a text is all that follows the `=`, as it is written (`overrides.py`).
+    A `~` at the start of a path is the home folder.
 
     A file may name another as its `base`, relative to itself, and then holds only what differs from it: sections merge,
     values and lists replace. `base=FILE` as an override lays the same differences over another file.
@@ -60,7 +63,8 @@ def dump_config(config: Config) -> str:
 def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = FREE_ON_RESUME) -> list[str]:
     """`key: old -> new` for each resolved key that differs and changes the result (is not under `free`).
 
-    A key that `old` lacks, as it was written before there was such a key, counts as its default.
+    A key that `old` lacks, as it was written before there was such a key, counts as its default; `~/x` and the path
+    that it stands for are the same.
     """
     a, b = _flatten(_with_defaults(old, Config), Config), _flatten(new, Config)
     if "microbatch" in (a.get("modulation.scope"), b.get("modulation.scope")):
@@ -95,8 +99,15 @@ def _flatten(tree: dict[str, Any], section: Any, prefix: str = "") -> dict[str, 
         if isinstance(value, dict) and below is not dict:
             flat |= _flatten(value, below, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[prefix + name] = _expanded(value) if holds_paths(section, name) else value
     return flat
+
+
+def _expanded(value: Any) -> Any:
+    """The paths of a setting without `~`, which an older version has kept as it was given."""
+    if isinstance(value, list):
+        return [_expanded(path) for path in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -117,7 +128,10 @@ def _locate_base(path: Path, tree: dict[str, Any]) -> None:
     """Make a `base` that is relative to its file relative to where we are, as one given as an override is."""
     base = tree.get("base")
     if isinstance(base, str) and base:
-        tree["base"] = str(path.parent / base)
+        try:
+            tree["base"] = str(path.parent / at_home(base))
+        except ValueError as error:
+            raise ConfigError(f"{path}: base = {json.dumps(base)}: {error}.") from None
 
 
 def _over_base(where: str, tree: dict[str, Any], seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from dynamo_jax.config.fields import TEXTS, type_of
+from dynamo_jax.config.home import at_home
 from dynamo_jax.config.syntax import Bare, ConfigError, is_null, parse
 
 _IN_QUOTES = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
@@ -27,7 +28,18 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node[parent], dict):
             raise ConfigError(f"{where}: {'.'.join(keys[:depth])} is a value, not a section")
         node = node[parent]
-    node[keys[-1]] = _text(text) if key == "base" else _value(type_of(keys), text, where)
+    if key == "base":
+        node[key] = _base(text, where)
+    else:
+        node[keys[-1]] = _value(type_of(keys), text, where)
+
+
+def _base(text: str, where: str) -> str | Bare:
+    name = _text(text)
+    try:
+        return name if isinstance(name, Bare) else at_home(name)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}.") from None
 
 
 def _value(kind: Any, text: str, where: str) -> Any:

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from dynamo_jax.config import choices
+from dynamo_jax.config.home import AT_HOME, PathText
 
 _strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -42,9 +43,9 @@ class TaskConfig:
     """What is learned. `math` reads `train` and `eval` files (JSONL or Parquet) and needs a `tokenizer` folder."""
 
     kind: choices.TaskKind = "arithmetic"
-    train: tuple[str, ...] = ()
-    eval: tuple[str, ...] = ()
-    tokenizer: str | None = None
+    train: tuple[PathText, ...] = ()
+    eval: tuple[PathText, ...] = ()
+    tokenizer: PathText | None = None
     chat_template: bool = True
     system_prompt: str | None = None  # null: whatever the tokenizer's template says by itself
     instruction: str = ""  # appended to the user's message
@@ -92,7 +93,7 @@ class ArchitectureConfig:
 class PolicyConfig:
     """Either `load`, a folder with `config.json` and safetensors, or random weights of `architecture`."""
 
-    load: str | None = None
+    load: PathText | None = None
     architecture: ArchitectureConfig | None = None
     param_dtype: choices.DType = "float32"  # bfloat16: the rounding of a float32 copy that the optimizer keeps
     compute_dtype: choices.DType = "float32"
@@ -340,7 +341,7 @@ class WatchdogConfig:
 class Config:
     """The whole run. `resolved` writes it back as plain YAML types."""
 
-    run_dir: Annotated[str, Field(min_length=1)]
+    run_dir: Annotated[str, Field(min_length=1), AT_HOME]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # jax and grain take no larger one
     device: choices.Device = "auto"
     task: TaskConfig = TaskConfig()
