@@ -126,7 +126,8 @@ BUILT_IN: dict[str, Reward] = {
 class RewardGrader:
     """A `Grader` of one reward function: a built-in one in this process, the user's `module:function` in workers.
 
-    The module is imported in each worker, by the paths of this process, and what it remembers is that worker's. An
+    The module is imported in each worker, by the paths of this process and from the current folder, where nothing hides
+    installed packages, and what it remembers is that worker's. An
     answer that takes more than `timeout` seconds of CPU time, waits for too long, takes more than `memory_mb` or ends
     its worker in another way has the reward 0 and is `killed`; see `Pool` for the limits and for `killed_file`.
 
@@ -144,8 +145,8 @@ class RewardGrader:
             return
         if ":" not in name:
             raise self._unknown("there is no such reward")
-        paths = json.dumps([os.path.abspath(path) for path in sys.path])  # "" is the current folder
-        self._pool = Pool(workers, timeout, memory_mb, (name, paths), killed_file=killed_file)
+        arguments = (name, json.dumps(_places_of_modules()))
+        self._pool = Pool(workers, timeout, memory_mb, arguments, killed_file=killed_file)
         try:
             self._pool.start()
         except (RefusedError, RuntimeError) as error:
@@ -207,9 +208,15 @@ class RewardGrader:
     def _unknown(self, why: str) -> ValueError:
         known = ", ".join((*get_args(VerifierKind), *get_args(RewardKind)))
         return ValueError(
-            f"task.reward.kind = {self.name!r}: {why}. Give one of {known}, or module:function of a module on "
-            "PYTHONPATH."
+            f"task.reward.kind = {self.name!r}: {why}. Give one of {known}, or module:function of a module in "
+            "the current folder or on PYTHONPATH."
         )
+
+
+def _places_of_modules() -> list[str]:
+    """Where this process imports from, and the current folder, which the console script lacks. It comes last there."""
+    paths = [os.path.abspath(path) for path in sys.path]  # "" is the current folder
+    return list(dict.fromkeys([*paths, os.getcwd()]))
 
 
 def _gold_problem(name: str, gold: str) -> str | None:

@@ -226,6 +226,24 @@ def test_workers_work_at_the_same_time_and_remember_for_themselves(own):
         assert (grader.counts["killed"], grader.counts["starts"]) == (0, 2)
 
 
+def test_the_current_folder_is_searched_last(tmp_path, monkeypatch):
+    """The console script, unlike `python -m`, does not have it among its paths."""
+    (tmp_path / "found_here_alone.py").write_text("import gzip\ndef score(output, gold): return len(output)\n")
+    (tmp_path / "gzip.py").write_text("raise ImportError('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    before = list(sys.path)
+    with contextlib.closing(RewardGrader("found_here_alone:score", workers=1)) as grader:
+        monkeypatch.chdir("/")  # a worker that is started later finds it, too
+        grader._pool.workers[0].stop()
+        assert grader.grade_batch([("abc", "")]) == [3]
+    assert sys.path == before
+    with pytest.raises(
+        ValueError, match=r"'found_here_alone'.*It was looked for in .*, /\. Give .* in the current folder"
+    ):
+        RewardGrader("found_here_alone:score", workers=1)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("{own}:none", "has no none"), ("{own}:x", "is a int"), ("nowhere:f", "No module named 'nowhere'"), ("maths", ""),

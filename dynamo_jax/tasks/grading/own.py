@@ -8,6 +8,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 Function = Callable[[str, str], Any]
@@ -25,15 +26,27 @@ def load(name: str, paths: Sequence[str]) -> Function:
     try:
         module = importlib.import_module(place)
     except ModuleNotFoundError as error:
-        raise LoadError(f"cannot be loaded: {error}") from error
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):  # it was found, and lacks another
+            raise LoadError(f"cannot be loaded:\n{story(error)}\n") from error
+        looked = ", ".join(paths)
+        raise LoadError(f"cannot be loaded: {error}{_hidden(place)}. It was looked for in {looked}") from error
     except BaseException as error:  # whatever the module does when it is imported
         raise LoadError(f"cannot be loaded:\n{story(error)}\n") from error
     if not hasattr(module, function):
-        raise LoadError(f"cannot be loaded: {module.__name__} ({module.__file__}) has no {function}")
+        file = getattr(module, "__file__", None) or getattr(module, "__path__", ["built in"])[0]  # a folder has no file
+        raise LoadError(f"cannot be loaded: {place} ({file}) has no {function}{_hidden(place, file)}")
     found = getattr(module, function)
     if not callable(found):
         raise LoadError(f"is a {type(found).__name__}, where a function (output, gold) is needed")
     return found  # type: ignore[no-any-return]
+
+
+def _hidden(place: str, found: str = "") -> str:
+    """A word on a file of that module in the current folder that another module of the name has hidden."""
+    file = Path.cwd().joinpath(*place.split(".")).with_suffix(".py")
+    if not file.is_file() or file == Path(found):
+        return ""
+    return f"; {file} is hidden by another module of that name, give it a name of its own"
 
 
 def finite(reward: object) -> float | None:

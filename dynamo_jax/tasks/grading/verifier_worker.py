@@ -3,7 +3,7 @@
 Reads requests from standard input and writes replies to standard output, each a four-byte big-endian length and JSON.
 A request is `[kind, gold, answer]`: `math` (compare the two), `math_verify_compat` (the same by math-verify; the answer
 is the whole response) or `parse` (can the gold be read?). Its reply is `{"same": bool}` or `{"error": name}`.
-A worker of the reward `module:function`, to be imported from PATHS (the parent's `sys.path`, as JSON), is asked for
+A worker of the reward `module:function`, to be imported from PATHS (a list in JSON), is asked for
 nothing else (`reward`; the answer is the whole response) and replies as `own.call` says.
 `{"ready": true}` comes before all, or `{"refused": why}`.
 Ends at end of file, and with its parent. Never imports jax.
