@@ -18,6 +18,7 @@ from dynamo_jax.config import at_home, load_config
 # jax, orbax and transformers take seconds to import: each command imports what it needs once its config is known good.
 
 DEFAULT_K = (1, 8, 32)
+OVERRIDES = "values that replace the file's: a text as it is written, all else in YAML"
 CHECKPOINT = "a run folder (or gs://...), or one of its checkpoints"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # a file of such a name is written ./a=b
 
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     def with_config(name: str, run: object, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=_file, help="a YAML file, such as configs/arithmetic_cpu.yaml")
-        command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the file's")
+        command.add_argument("overrides", nargs="*", metavar="key.sub=value", help=OVERRIDES)
         command.set_defaults(run=run)
         return command
 

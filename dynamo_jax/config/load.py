@@ -119,7 +119,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error}. Give a YAML file, such as those in configs/.") from None
     tree = parse(text, str(path))
     if not isinstance(tree, dict):
-        what = "empty" if is_null(tree) else f"a {type(plain(tree) if isinstance(tree, Bare) else tree).__name__}"
+        value = tree.value if isinstance(tree, Bare) else tree
+        what = "empty" if value is None else f"a {type(value).__name__}"
         raise ConfigError(f"{path}: is {what}, not a mapping of keys. Start from one of the recipes in configs/.")
     return tree
 
