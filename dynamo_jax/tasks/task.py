@@ -42,10 +42,10 @@ class Task:
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
-    """The task's tokenizer. Raises `ValueError` for a folder that holds none."""
+    """The task's tokenizer, with the stop tokens of the policy. Raises `ValueError` for a folder that holds none."""
     if config.task.kind == "arithmetic":
         return ArithmeticTokenizer()
-    return load_tokenizer(str(config.task.tokenizer))
+    return load_tokenizer(str(config.task.tokenizer), policy_folder=config.policy.load)
 
 
 def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:

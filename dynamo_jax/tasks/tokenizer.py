@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 UNKNOWN_ID = "\ufffd"  # in a text: an id that the tokenizer has no token for
 
+_TEXT_PARTS = ("decoder", "generator", "text_config")  # of a config.json; the first that is there, as in transformers
+_LARGEST_ID = 2**31 - 1  # ids are int32
+
 
 class Tokenizer(Protocol):
     """What the package asks of a tokenizer; the built-in task brings its own, `load_tokenizer` wraps the real ones."""
@@ -50,7 +53,7 @@ class Tokenizer(Protocol):
 class HFTokenizer:
     """A `transformers` tokenizer as a `Tokenizer`. Made by `load_tokenizer`."""
 
-    def __init__(self, folder: Path, inner: Any) -> None:
+    def __init__(self, folder: Path, inner: Any, stops: Sequence[int] = ()) -> None:
         self._folder = folder
         self._inner = inner
         if inner.eos_token_id is None:
@@ -62,8 +65,7 @@ class HFTokenizer:
         self.pad_id = self.eos_id if inner.pad_token_id is None else int(inner.pad_token_id)
         self._has_token = frozenset(inner.get_vocab().values())
         self.size = max(self._has_token) + 1
-        stops = [self.eos_id, *_generation_eos(folder), *self._end_of_turn()]
-        self.stop_ids = tuple(dict.fromkeys(stops))
+        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *stops, *self._end_of_turn()]))
 
     def encode(self, text: str) -> list[int]:
         # A rendered chat already holds whatever special tokens its template wants.
@@ -123,11 +125,15 @@ class HFTokenizer:
         return []
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, *, policy_folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a local Hugging Face folder; the network is never asked, code in the folder never run.
 
+    Completions end with its end-of-sequence token, with what its chat template ends a turn with, and with the
+    `eos_token_id` of its generation_config.json or, where there is none, of its config.json. What these files of
+    `policy_folder` name counts, too: the policy may come from another folder, and ends its answers as it was taught.
+
     Raises ValueError, with the folder and the remedy, if the folder is missing, holds no (or an incomplete) tokenizer,
-    or the tokenizer has no end-of-sequence token.
+    the tokenizer has no end-of-sequence token, or what one of these files names is no token.
     """
     folder = Path(folder)
     remedy = "Point task.tokenizer at a folder with a model's tokenizer files (tokenizer_config.json and tokenizer.json"
@@ -136,35 +142,57 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         # Without this check transformers would take the path for the name of a repository to download.
         what = "is a file, not a folder" if folder.exists() else "no such folder"
         raise ValueError(f"{folder}: {what}. {remedy}")
+    folders = [folder] if policy_folder is None else [folder, Path(policy_folder)]
+    stops = [i for each in folders for i in _generation_stops(each)]
     import transformers  # here because it takes seconds
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
         inner = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # The Rust tokenizers raise Exception itself on a broken file; any other type not listed here is our bug.
-        file_errors = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+        file_errors = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError)
         if type(error) is not Exception and not isinstance(error, file_errors):
             raise
         raise ValueError(f"{folder}: holds no readable tokenizer: {_one_line(error)}. {remedy}") from error
     # From a config without a vocabulary transformers makes a tokenizer that encodes every text to nothing.
     if not inner.encode("1 + 2 = 3", add_special_tokens=False):
         raise ValueError(f"{folder}: holds a tokenizer without a vocabulary. {remedy}")
-    return HFTokenizer(folder, inner)
+    return HFTokenizer(folder, inner, stops)
 
 
-def _generation_eos(folder: Path) -> list[int]:
-    """`eos_token_id` of the folder's generation_config.json as a list; [] without the file or the key."""
+def _generation_stops(folder: Path) -> list[int]:
+    """The stop tokens that `transformers` generates with from this folder: `eos_token_id`, as a list.
+
+    They are those of generation_config.json, even if it names none; without this file, those of config.json, or of its
+    part about the text model where it names none itself.
+    """
     path = folder / "generation_config.json"
-    if not path.exists():
-        return []
+    if path.exists():
+        return _stop_ids(path, "eos_token_id", _read_object(path).get("eos_token_id"))
+    path = folder / "config.json"
+    tree = _read_object(path) if path.exists() else {}
+    if tree.get("eos_token_id") is not None:
+        return _stop_ids(path, "eos_token_id", tree["eos_token_id"])
+    part = next((name for name in _TEXT_PARTS if isinstance(tree.get(name), dict) and tree[name]), None)
+    return _stop_ids(path, f"{part}.eos_token_id", tree[part].get("eos_token_id")) if part else []
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    remedy = "Copy it again from the model, or delete it."
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}. Copy it again from the model, or delete it.") from None
-    eos = tree.get("eos_token_id") if isinstance(tree, dict) else tree
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(i) is int for i in ids):
-        raise ValueError(f"{path}: eos_token_id = {eos!r} is neither an id nor a list of ids. Correct it.")
+        raise ValueError(f"{path}: cannot be read: {error}. {remedy}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: holds a {type(tree).__name__}, not a JSON object. {remedy}")
+    return tree
+
+
+def _stop_ids(path: Path, key: str, value: Any) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and 0 <= i <= _LARGEST_ID for i in ids):
+        raise ValueError(f"{path}: {key} = {json.dumps(value)} is neither an id nor a list of ids. Correct it.")
     return ids
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dynamo_jax.config import Config, load_config
+from dynamo_jax.config import Config, PolicyConfig, load_config
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve
 from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.read import Row
@@ -163,6 +163,15 @@ def test_two_benchmarks_of_one_name_are_refused(tmp_path, math_task):
 def test_a_math_task_without_benchmarks_trains(tmp_path, math_task):
     task = build_task(load(tmp_path, **math_task | {"eval": []}))
     assert task.evals == ()
+
+
+def test_the_tokenizer_gets_its_settings_from_the_config(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dynamo_jax.tasks.task.load_tokenizer", lambda folder, **rest: seen.append((folder, rest)))
+    config = load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder")
+    build_tokenizer(config)
+    build_tokenizer(dataclasses.replace(config, policy=PolicyConfig(load="model")))
+    assert seen == [("folder", {"policy_folder": None}), ("folder", {"policy_folder": "model"})]
 
 
 def test_the_verifier_gets_its_limits_from_the_config(tmp_path, monkeypatch):

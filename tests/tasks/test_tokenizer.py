@@ -21,7 +21,7 @@ def make_folder(tmp_path):
     import tokenizers
     import transformers
 
-    def make(template=CHATML, specials=None, generation_config=None):
+    def make(template=CHATML, specials=None, generation_config=None, config=None):
         model = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")  # noqa: S106
         inner = tokenizers.Tokenizer(model)
         inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -32,6 +32,8 @@ def make_folder(tmp_path):
         fast.save_pretrained(tmp_path / "model")
         if generation_config is not None:
             (tmp_path / "model" / "generation_config.json").write_text(generation_config)
+        if config is not None:
+            (tmp_path / "model" / "config.json").write_text(config)
         return tmp_path / "model"
 
     return make
@@ -84,6 +86,63 @@ def test_stop_ids(make_folder, template, generation_config, stop_ids):
     assert load_tokenizer(make_folder(template, generation_config=generation_config)).stop_ids == stop_ids
 
 
+CONFIGS = [
+    ('{"eos_token_id": 2}', (1, 2)),
+    ('{"eos_token_id": [2, 1, 7, 2]}', (1, 2, 7)),
+    ('{"eos_token_id": 0}', (1, 0)),  # the first token of the vocabulary is one, too
+    ('{"eos_token_id": []}', (1,)),
+    ('{"eos_token_id": null}', (1,)),
+    ('{"bos_token_id": 2, "pad_token_id": 3}', (1,)),
+    ('{"text_config": {"eos_token_id": [7, 8]}}', (1, 7, 8)),
+    ('{"eos_token_id": null, "text_config": {"eos_token_id": 7}}', (1, 7)),
+    ('{"eos_token_id": 2, "text_config": {"eos_token_id": 7}}', (1, 2)),
+    ('{"decoder": {"eos_token_id": 3}}', (1, 3)),
+    ('{"model_type": "qwen2", "eos_token_id": [2, 3]}', (1, 2, 3)),
+    ('{"vision_config": {"eos_token_id": 3}, "text_config": {}}', (1,)),
+]
+
+
+@pytest.mark.parametrize(("config", "stop_ids"), CONFIGS)
+def test_stop_ids_of_the_models_config(make_folder, config, stop_ids):
+    """What transformers generates with, beside the tokenizer's own end of sequence."""
+    import transformers
+
+    folder = make_folder(template=None)
+    (folder / "config.json").write_text(config)
+    assert load_tokenizer(folder).stop_ids == stop_ids
+    theirs = transformers.GenerationConfig.from_pretrained(
+        folder, config_file_name="config.json", _from_model_config=True
+    ).eos_token_id
+    assert {1, *(theirs if isinstance(theirs, list) else [] if theirs is None else [theirs])} == set(stop_ids)
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "stop_ids"), [('{"eos_token_id": 2}', (1, 2)), ('{"do_sample": true}', (1,)), ("{}", (1,))]
+)
+def test_generation_config_is_instead_of_config(make_folder, generation_config, stop_ids):
+    folder = make_folder(template=None, generation_config=generation_config, config='{"eos_token_id": [7, 8]}')
+    assert load_tokenizer(folder).stop_ids == stop_ids
+
+
+@pytest.mark.parametrize(
+    ("files", "stop_ids"),
+    [
+        ({}, (1, 2)),
+        ({"config.json": '{"eos_token_id": [7, 2]}'}, (1, 2, 7)),
+        ({"config.json": '{"eos_token_id": 7}', "generation_config.json": '{"eos_token_id": [8, 1]}'}, (1, 2, 8)),
+        ({"generation_config.json": "{}", "config.json": '{"eos_token_id": 7}'}, (1, 2)),
+    ],
+)
+def test_a_policy_from_another_folder_ends_its_answers_as_it_was_taught(make_folder, tmp_path, files, stop_ids):
+    folder = make_folder(template=None, config='{"eos_token_id": 2}')
+    (tmp_path / "policy").mkdir()
+    for name, text in files.items():
+        (tmp_path / "policy" / name).write_text(text)
+    assert load_tokenizer(folder, policy_folder=tmp_path / "policy").stop_ids == stop_ids
+    assert load_tokenizer(folder, policy_folder=folder).stop_ids == (1, 2)
+    assert load_tokenizer(folder, policy_folder=str(tmp_path / "gone")).stop_ids == (1, 2)  # others say that it is
+
+
 def test_pad_token_of_the_tokenizer(make_folder):
     specials = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<pad>"}
     assert load_tokenizer(make_folder(specials=specials)).pad_id == 2
@@ -94,11 +153,33 @@ def test_no_end_of_sequence_token(make_folder):
         load_tokenizer(make_folder(specials={"unk_token": "<unk>"}))
 
 
-def test_broken_generation_config(make_folder):
-    with pytest.raises(ValueError, match=r"generation_config\.json: cannot be read"):
-        load_tokenizer(make_folder(generation_config="{"))
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id = 'x' is neither"):
-        load_tokenizer(make_folder(generation_config='{"eos_token_id": "x"}'))
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("of_policy", [False, True])
+def test_broken_stop_ids(make_folder, tmp_path, name, of_policy):
+    folder = make_folder()
+    other = tmp_path / "policy" if of_policy else folder
+    other.mkdir(exist_ok=True)
+    for text, message in (
+        ("{", r"cannot be read: .*Copy it again"),
+        ("[1, 2]", r"holds a list, not a JSON object.*Copy it again"),
+        ('{"eos_token_id": "x"}', r'eos_token_id = "x" is neither an id nor a list of ids'),
+        ('{"eos_token_id": "2"}', r'eos_token_id = "2" is neither'),
+        ('{"eos_token_id": true}', r"eos_token_id = true is neither"),
+        ('{"eos_token_id": 2.0}', r"eos_token_id = 2\.0 is neither"),
+        ('{"eos_token_id": -1}', r"eos_token_id = -1 is neither"),
+        ('{"eos_token_id": 2147483648}', r"eos_token_id = 2147483648 is neither"),
+        ('{"eos_token_id": [2, null]}', r"eos_token_id = \[2, null\] is neither"),
+        ('{"eos_token_id": [[2]]}', r"eos_token_id = \[\[2\]\] is neither"),
+        ('{"eos_token_id": {"0": 2}}', r'eos_token_id = \{"0": 2\} is neither'),
+        ('{"model_type": "qwen2", "eos_token_id": "x"}', r'eos_token_id = "x" is neither'),
+    ):
+        (other / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{other.name}/{name}: {message}"):
+            load_tokenizer(folder, policy_folder=other)
+    if name == "config.json":
+        (other / name).write_text('{"text_config": {"eos_token_id": "x"}}')
+        with pytest.raises(ValueError, match=r'config\.json: text_config\.eos_token_id = "x" is neither'):
+            load_tokenizer(folder, policy_folder=other)
 
 
 def test_chat_template_errors(make_folder):
@@ -129,6 +210,8 @@ def test_folder_without_a_tokenizer(tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     assert "a tokenizer without a vocabulary" in message(tmp_path / "config")
+    (tmp_path / "config" / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": "wide"}))
+    assert "hidden_size" in message(tmp_path / "config")
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"version": "1.0", ', '{"model": 3, "added_tokens": []}'])
