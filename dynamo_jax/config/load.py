@@ -55,7 +55,7 @@ def resolved(config: Config) -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """`resolved(config)` as YAML text that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(resolved(config), sort_keys=False)
+    return yaml.dump(resolved(config), Dumper=_Dumper, sort_keys=False)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = FREE_ON_RESUME) -> list[str]:
@@ -63,7 +63,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = 
 
     A key that `old` lacks, as it was written before there was such a key, counts as its default.
     """
-    a, b = _flatten(_with_defaults(old, Config)), _flatten(new)
+    a, b = _flatten(_with_defaults(old, Config), Config), _flatten(new, Config)
     if "microbatch" in (a.get("modulation.scope"), b.get("modulation.scope")):
         free = [key for key in free if key != "trainer.micro_batch"]
     return [
@@ -76,19 +76,24 @@ def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = 
 def _with_defaults(tree: dict[str, Any], section: Any) -> dict[str, Any]:
     """`tree`, resolved by an older version, with the defaults of all keys of `section` that are newer."""
     fields = section.__pydantic_fields__
-    newer = {name: field.default for name, field in fields.items() if name not in tree and not field.is_required()}
-    plain = json.loads(json.dumps(newer, default=dataclasses.asdict))
+    newer = [name for name, field in fields.items() if name not in tree and not field.is_required()]
+    defaults = {name: fields[name].get_default(call_default_factory=True) for name in newer}
+    plain = json.loads(json.dumps(defaults, default=dataclasses.asdict))
     known = {
-        name: _with_defaults(value, _section(section, name)) if isinstance(value, dict) and name in fields else value
+        name: _with_defaults(value, inner) if isinstance(value, dict) and (inner := _section(section, name)) else value
         for name, value in tree.items()
     }
     return {**plain, **known}
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: dict[str, Any], section: Any, prefix: str = "") -> dict[str, Any]:
+    """Each setting by its dotted key. A setting that is itself a mapping, of keys that are no settings, stays whole."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        inner = _section(section, key)
+        flat |= (
+            _flatten(value, inner, f"{prefix}{key}.") if isinstance(value, dict) and inner else {prefix + key: value}
+        )
     return flat
 
 
@@ -108,9 +113,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that `_Loader` would read as numbers, so that they are read back as texts."""
+
+
+for each in (_Loader, _Dumper):
+    each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -210,6 +220,9 @@ def _keys_of(section: Any, parents: list[str]) -> list[str]:
 
 
 def _section(section: Any, name: str) -> Any:
-    """The dataclass of the key `name` of a section, which may be optional."""
+    """The dataclass of the key `name` of a section, which may be optional; None if the key is none of a section."""
+    if name not in section.__pydantic_fields__:
+        return None
     annotation = section.__pydantic_fields__[name].annotation
-    return next((t for t in getattr(annotation, "__args__", ()) if dataclasses.is_dataclass(t)), annotation)
+    types = (annotation, *getattr(annotation, "__args__", ()))
+    return next((t for t in types if dataclasses.is_dataclass(t)), None)

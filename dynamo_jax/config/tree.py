@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from dataclasses import field
+from typing import Annotated, Any, get_args
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -46,6 +47,7 @@ class TaskConfig:
     eval: tuple[str, ...] = ()
     tokenizer: str | None = None
     chat_template: bool = True
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # JSON values of its variables
     system_prompt: str | None = None  # null: whatever the tokenizer's template says by itself
     instruction: str = ""  # appended to the user's message
     max_prompt_tokens: PositiveInt = 16
