@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
+
+log = logging.getLogger("dynamo_jax")
 
 UNKNOWN_ID = "\ufffd"  # in a text: an id that the tokenizer has no token for
 
 _TEXT_PARTS = ("decoder", "generator", "text_config")  # of a config.json; the first that is there, as in transformers
 _LARGEST_ID = 2**31 - 1  # ids are int32
+# What a template raises, beside jinja2's own errors, on messages or values that it was not written for.
+_TEMPLATE_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 
 
 class Tokenizer(Protocol):
@@ -53,9 +60,13 @@ class Tokenizer(Protocol):
 class HFTokenizer:
     """A `transformers` tokenizer as a `Tokenizer`. Made by `load_tokenizer`."""
 
-    def __init__(self, folder: Path, inner: Any, stops: Sequence[int] = ()) -> None:
+    def __init__(
+        self, folder: Path, inner: Any, stops: Sequence[int], values: Mapping[str, Any], now: datetime | None
+    ) -> None:
         self._folder = folder
         self._inner = inner
+        self._values = dict(values)
+        self._now = now
         if inner.eos_token_id is None:
             raise ValueError(
                 f"{folder}: the tokenizer has no end-of-sequence token, so a completion could not end. "
@@ -89,15 +100,25 @@ class HFTokenizer:
             )
         try:
             return str(self._apply_template(messages, add_generation_prompt=True))
-        except (jinja2.TemplateError, ValueError) as error:
+        except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
+            values = f" and task.chat_template_kwargs = {json.dumps(self._values)}" if self._values else ""
             raise ValueError(
                 f"{self._folder}: the tokenizer's chat template refuses the messages with roles "
-                f"{[m['role'] for m in messages]}: {_one_line(error)}. Change the messages, or leave out "
-                "task.system_prompt if the template takes no system message."
+                f"{[m['role'] for m in messages]}{values}: {_one_line(error)}. Change them, "
+                "or leave out task.system_prompt if the template takes no system message."
             ) from None
 
     def _apply_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> Any:
-        return self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        template = self._inner.get_chat_template()
+        if self._now is not None and "strftime_now" in template:
+            template = _dated(template, self._now)
+        return self._inner.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self._values,
+        )
 
     def _end_of_turn(self) -> list[int]:
         """The special token that the chat template writes right after an assistant's message: [id], or [] if none.
@@ -113,7 +134,7 @@ class HFTokenizer:
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
         try:
             text = self._apply_template(messages, add_generation_prompt=False)
-        except (jinja2.TemplateError, ValueError):
+        except (jinja2.TemplateError, *_TEMPLATE_ERRORS):
             return []  # a template that takes no assistant message says nothing about how one ends
         inner = self._inner
         special = {i for i, token in inner.added_tokens_decoder.items() if token.special} | set(inner.all_special_ids)
@@ -125,12 +146,35 @@ class HFTokenizer:
         return []
 
 
-def load_tokenizer(folder: str | Path, *, policy_folder: str | Path | None = None) -> Tokenizer:
+def _dated(template: str, now: datetime) -> str:
+    """`template` as a text of its own, in which `strftime_now(...)` gives `now`, whatever the clock says.
+
+    transformers passes plain values alone to a template, no function, but keeps each compiled text: the function is put
+    there. A first line of comment, which renders to nothing, sets this text apart from that of the same template with
+    the clock.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    dated = f"{{# {now.isoformat()} #}}\n{template}"
+    _compile_jinja_template(dated).globals["strftime_now"] = now.strftime
+    return dated
+
+
+def load_tokenizer(
+    folder: str | Path,
+    *,
+    policy_folder: str | Path | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    now: datetime | None = None,
+) -> Tokenizer:
     """The tokenizer of a local Hugging Face folder; the network is never asked, code in the folder never run.
 
     Completions end with its end-of-sequence token, with what its chat template ends a turn with, and with the
     `eos_token_id` of its generation_config.json or, where there is none, of its config.json. What these files of
     `policy_folder` name counts, too: the policy may come from another folder, and ends its answers as it was taught.
+
+    `chat_template_kwargs` are JSON values for variables of the chat template. With `now`, a template that asks for
+    today's date (`strftime_now`) gets that moment at every call; without it, the clock's.
 
     Raises ValueError, with the folder and the remedy, if the folder is missing, holds no (or an incomplete) tokenizer,
     the tokenizer has no end-of-sequence token, or what one of these files names is no token.
@@ -158,7 +202,13 @@ def load_tokenizer(folder: str | Path, *, policy_folder: str | Path | None = Non
     # From a config without a vocabulary transformers makes a tokenizer that encodes every text to nothing.
     if not inner.encode("1 + 2 = 3", add_special_tokens=False):
         raise ValueError(f"{folder}: holds a tokenizer without a vocabulary. {remedy}")
-    return HFTokenizer(folder, inner, stops)
+    values = chat_template_kwargs or {}
+    template = inner.chat_template or ""
+    text = template if isinstance(template, str) else "\n".join(template.values())
+    for name in values if text else ():
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            log.warning("%s: its chat template has no variable %s, which task.chat_template_kwargs sets.", folder, name)
+    return HFTokenizer(folder, inner, stops, values, now)
 
 
 def _generation_stops(folder: Path) -> list[int]:
