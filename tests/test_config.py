@@ -103,6 +103,14 @@ def test_batch_sizes_follow_from_one_another(tmp_path):
     assert (config.mini_batch, config.micro_batch, config.rollout_batch) == (128, 32, 64)
 
 
+@pytest.mark.parametrize("text", ["0", "0.0", "0e0", "1e-3"])
+def test_an_evaluation_may_be_greedy(tmp_path, text):
+    config = load(tmp_path, MINIMAL, f"eval.temperature={text}")
+    assert config.eval.temperature == float(text)
+    assert config.rollout.temperature == 1.0
+    assert load(tmp_path, dump_config(config)) == config
+
+
 def test_nothing_can_be_changed_after_loading(tmp_path):
     config = load(tmp_path, MINIMAL)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -64,6 +64,10 @@ def _batch_problems(c: Config) -> list[Problem]:
         if value % shards:
             why = f"is not a multiple of {mesh}"
             problems.append((key, value, why, f"Choose a multiple of {shards}, or a smaller mesh."))
+    if c.rollout.temperature == 0:
+        why = "training draws its rollouts from a distribution, and at 0 there is only one of each prompt"
+        remedy = "Set it above 0; eval.temperature=0 evaluates greedily."
+        problems.append(("rollout.temperature", c.rollout.temperature, why, remedy))
     if max(c.eval.k) > c.eval.samples:
         why = f"Pass@k needs k samples a problem, and eval.samples = {c.eval.samples}"
         problems.append(("eval.k", list(c.eval.k), why, f"Raise eval.samples to {max(c.eval.k)}."))

@@ -133,7 +133,7 @@ class RolloutConfig:
     prompts: PositiveInt = 64
     per_prompt: PositiveInt = 8
     max_tokens: PositiveInt = 8
-    temperature: PositiveFloat = 1.0
+    temperature: NonNegativeFloat = 1.0  # above 0: what is learned is the distribution drawn from
     top_k: NonNegativeInt = 0  # 0: off
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_p: Probability = 0.0
@@ -306,7 +306,7 @@ class EvalConfig:
     every: NonNegativeInt = 25  # steps; 0: only before the first and after the last step
     samples: PositiveInt = 8
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
-    temperature: PositiveFloat = 1.0
+    temperature: NonNegativeFloat = 1.0  # 0: the most likely token, whatever top_p
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 
