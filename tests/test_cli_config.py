@@ -97,6 +97,8 @@ VALUES = {
     "rollout={temperature: -0.0}": ["rollout.temperature = -0.0", "Set it above 0"],
     "rollout.temperature=-1": ["rollout.temperature = -1", "greater than or equal to 0"],
     "eval.temperature=-0.5": ["eval.temperature = -0.5", "greater than or equal to 0"],
+    "eval.temperature=1e-46": ["eval.temperature = 1e-46", "beyond float32", "eval.temperature=0"],
+    "rollout.temperature=1e-38": ["rollout.temperature = 1e-38", "beyond float32", "training needs more"],
     "eval.temperature=greedy": ['eval.temperature = "greedy"', "number"],
     "rollout.top_p=0": ["rollout.top_p = 0", "greater than 0"],
     "task.train=x.jsonl": ['task.train = "x.jsonl"', "list"],

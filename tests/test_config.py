@@ -103,7 +103,7 @@ def test_batch_sizes_follow_from_one_another(tmp_path):
     assert (config.mini_batch, config.micro_batch, config.rollout_batch) == (128, 32, 64)
 
 
-@pytest.mark.parametrize("text", ["0", "0.0", "0e0", "1e-3"])
+@pytest.mark.parametrize("text", ["0", "0.0", "0e0", "1e-3", "1e-10"])
 def test_an_evaluation_may_be_greedy(tmp_path, text):
     config = load(tmp_path, MINIMAL, f"eval.temperature={text}")
     assert config.eval.temperature == float(text)

@@ -20,6 +20,7 @@ TEMPLATE_OWN = frozenset({
     "true", "false", "none",
 })  # fmt: skip
 
+COLDEST = 1e-30  # the smallest temperature above 0 that is sampled with; logits of 1e8 are still finite
 LASTING = 1e9  # steps; ten thousand rollouts of a prompt, rounded, are still all there after fifty thousand
 
 
@@ -27,6 +28,7 @@ def impossible(c: Config) -> list[Problem]:
     """Every combination of valid values that cannot run."""
     return [
         *_batch_problems(c),
+        *_temperature_problems(c),
         *_allocation_problems(c),
         *_objective_problems(c),
         *_task_problems(c),
@@ -64,13 +66,22 @@ def _batch_problems(c: Config) -> list[Problem]:
         if value % shards:
             why = f"is not a multiple of {mesh}"
             problems.append((key, value, why, f"Choose a multiple of {shards}, or a smaller mesh."))
+    if max(c.eval.k) > c.eval.samples:
+        why = f"Pass@k needs k samples a problem, and eval.samples = {c.eval.samples}"
+        problems.append(("eval.k", list(c.eval.k), why, f"Raise eval.samples to {max(c.eval.k)}."))
+    return problems
+
+
+def _temperature_problems(c: Config) -> list[Problem]:
+    problems: list[Problem] = []
     if c.rollout.temperature == 0:
         why = "training draws its rollouts from a distribution, and at 0 there is only one of each prompt"
         remedy = "Set it above 0; eval.temperature=0 evaluates greedily."
         problems.append(("rollout.temperature", c.rollout.temperature, why, remedy))
-    if max(c.eval.k) > c.eval.samples:
-        why = f"Pass@k needs k samples a problem, and eval.samples = {c.eval.samples}"
-        problems.append(("eval.k", list(c.eval.k), why, f"Raise eval.samples to {max(c.eval.k)}."))
+    for key, value in (("rollout.temperature", c.rollout.temperature), ("eval.temperature", c.eval.temperature)):
+        if 0 < value < COLDEST:
+            why = "is so close to 0 that logits divided by it are beyond float32"
+            problems.append((key, value, why, "eval.temperature=0 is the limit, greedy decoding; training needs more."))
     return problems
 
 

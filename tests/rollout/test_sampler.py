@@ -14,6 +14,7 @@ from flax import nnx
 
 from dynamo_jax.batch import PromptBatch, Rollouts
 from dynamo_jax.config import ArchitectureConfig, MeshConfig
+from dynamo_jax.config.checks import COLDEST
 from dynamo_jax.policy import DecoderConfig, abstract_policy
 from dynamo_jax.rollout.filters import EXCLUDED, filter_logits
 from dynamo_jax.rollout.sampler import Sampler, SamplerConfig, _sample_token, generate, join, window_size
@@ -225,6 +226,14 @@ def test_greedy_ties_go_to_the_smaller_id(filters: dict[str, float], temperature
     assert token.dtype == jnp.int32
     assert np.isfinite(logp).all()
     np.testing.assert_allclose(logp[:2], [-np.log(2 + np.exp(-2) + np.exp(-1)), -np.log(4)], rtol=1e-6)
+
+
+def test_the_coldest_temperature_is_still_a_division() -> None:
+    config = dataclasses.replace(GREEDY, temperature=COLDEST, top_p=0.9)
+    logits = jnp.asarray([[1, 5, 3, -2], [-1e3, 9e2, 1e3, 0]], jnp.float32)
+    token, logp = _sample_token(logits, jax.random.split(KEY, 2), jnp.int32(0), config)
+    np.testing.assert_array_equal(token, [1, 2])
+    assert not np.isnan(logp).any()
 
 
 def test_one_trace_serves_every_allocation() -> None:
