@@ -189,7 +189,7 @@ def test_other_values_for_the_template_are_no_resume(tmp_path, old, new, differe
         ("{continue_final_message: x}", ["continue_final_message", "from the program"]),
         ("{raise_exception: x}", ["raise_exception", "from the program"]),
         ("{self: 1}", ["kwargs.self = 1", "from the program"]),
-        ("{yes: 1}", ["kwargs.true = 1", "from the program"]),  # YAML's word for true
+        ("{true: 1}", ["kwargs.true = 1", "from the program"]),
         ("{enable-thinking: false}", ["kwargs.enable-thinking = false", "letters, digits and _"]),
         ("{'': 1}", ["kwargs. = 1", "letters"]),
         ("{1: a}", ['kwargs.1 = "a"', "letters"]),
