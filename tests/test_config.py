@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -102,10 +103,124 @@ def test_batch_sizes_follow_from_one_another(tmp_path):
     assert (config.mini_batch, config.micro_batch, config.rollout_batch) == (128, 32, 64)
 
 
+@pytest.mark.parametrize("text", ["0", "0.0", "0e0", "1e-3", "1e-10"])
+def test_an_evaluation_may_be_greedy(tmp_path, text):
+    config = load(tmp_path, MINIMAL, f"eval.temperature={text}")
+    assert config.eval.temperature == float(text)
+    assert config.rollout.temperature == 1.0
+    assert load(tmp_path, dump_config(config)) == config
+
+
 def test_nothing_can_be_changed_after_loading(tmp_path):
     config = load(tmp_path, MINIMAL)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.trainer.steps = 3
+
+
+MATH = "run_dir: r\npolicy: {architecture: {}}\ntask: {kind: math, train: [a], tokenizer: b%s}\n"
+
+
+def test_values_for_the_template_are_plain_and_free(tmp_path):
+    assert load(tmp_path, MINIMAL).task.chat_template_kwargs == {}
+    text = (
+        MATH % ", chat_template_kwargs: {enable_thinking: false, date_string: 2026-11-27, size: {a: [1, null, 1e-3]}}"
+    )
+    values = {"enable_thinking": False, "date_string": "2026-11-27", "size": {"a": [1, None, 0.001]}}
+    config = load(tmp_path, text)
+    assert config.task.chat_template_kwargs == values
+    more = load(
+        tmp_path, text, "task.chat_template_kwargs.enable_thinking=true", "task.chat_template_kwargs.effort=low"
+    )
+    assert more.task.chat_template_kwargs == values | {"enable_thinking": True, "effort": "low"}
+    whole = load(tmp_path, text, "task.chat_template_kwargs={effort: low}")
+    assert whole.task.chat_template_kwargs == {"effort": "low"}
+    assert len({hash(c) for c in (config, more, whole)}) == 1  # a config stays hashable; equality sees the values
+    assert config != more != whole
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"enable_thinking": False},
+        {"a": None, "b": [], "c": {}, "d": {"e": {"f": [{"g": "h"}]}}},
+        {"text": "1e-6", "more": "true", "other": "0100", "lines": "a: b\n# c\n", "word": "null", "date": "2026-01-02"},
+        {"whole": 3, "large": 10**25, "small": 1e-7, "negative": -0.5, "字": "你好 🙂"},
+    ],
+)
+def test_values_for_the_template_are_written_and_read_back(tmp_path, values):
+    config = load(tmp_path, MATH % f", chat_template_kwargs: {json.dumps(values, ensure_ascii=False)}")
+    assert config.task.chat_template_kwargs == values
+    again = load(tmp_path, dump_config(config))
+    assert again == config
+    assert json.dumps(again.task.chat_template_kwargs) == json.dumps(values)  # types, too
+    assert yaml.safe_load(dump_config(config)) == resolved(config)
+    assert differences(resolved(config), resolved(again)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ({}, {"a": False}, "{} -> {'a': False}"),
+        ({}, {"a": None}, "{} -> {'a': None}"),
+        ({"a": {}}, {}, "{'a': {}} -> {}"),
+        ({"a": {"b": 1}}, {"a": {"b": 2}}, "{'a': {'b': 1}} -> {'a': {'b': 2}}"),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, None),  # in another order
+    ],
+)
+def test_other_values_for_the_template_are_no_resume(tmp_path, old, new, difference):
+    trees = [resolved(load(tmp_path, MATH % f", chat_template_kwargs: {json.dumps(values)}")) for values in (old, new)]
+    assert differences(*trees) == ([f"task.chat_template_kwargs: {difference}"] if difference else [])
+    if not old:  # as it was before there was such a setting
+        before = without(trees[0], ["task", "chat_template_kwargs"])
+        assert "chat_template_kwargs" not in before["task"]
+        assert differences(before, trees[1]) == [f"task.chat_template_kwargs: {difference}"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ("{messages: [a]}", ['kwargs.messages = ["a"]', "from the program", "Take it out"]),
+        ("{tools: null}", ["kwargs.tools = null", "from the program"]),
+        ("{tokenize: true}", ["kwargs.tokenize = true", "from the program"]),
+        ("{add_generation_prompt: false}", ["kwargs.add_generation_prompt = false", "from the program"]),
+        ("{strftime_now: 2026-11-27}", ['kwargs.strftime_now = "2026-11-27"', "from the program"]),
+        ("{chat_template: x, enable_thinking: false}", ['kwargs.chat_template = "x"', "from the program"]),
+        ("{continue_final_message: x}", ["continue_final_message", "from the program"]),
+        ("{raise_exception: x}", ["raise_exception", "from the program"]),
+        ("{self: 1}", ["kwargs.self = 1", "from the program"]),
+        ("{true: 1}", ["kwargs.true = 1", "from the program"]),
+        ("{enable-thinking: false}", ["kwargs.enable-thinking = false", "letters, digits and _"]),
+        ("{'': 1}", ["kwargs. = 1", "letters"]),
+        ("{1: a}", ['kwargs.1 = "a"', "letters"]),
+        ("{a b: 1}", ["kwargs.a b = 1", "letters"]),
+        ("{a: .nan}", ["kwargs.a = NaN", "not finite"]),
+        ("{a: {b: [1, -.inf]}}", ["kwargs.a = ", "-Infinity", "not finite"]),
+        ("[enable_thinking]", ['kwargs = ["enable_thinking"]', "a section of keys"]),
+        ("false", ["kwargs = false", "a section of keys"]),
+        ("null", ["kwargs = null", "a section of keys"]),
+        ("enable_thinking", ['kwargs = "enable_thinking"', "a section of keys"]),
+    ],
+)
+def test_values_that_no_template_could_read_are_refused(tmp_path, values, words):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, MATH % f", chat_template_kwargs: {values}")
+    assert f"{tmp_path}/c.yaml: task.chat_template_" in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(MINIMAL, "task.kind = arithmetic uses no chat template"), (MATH % ", chat_template: false", "= false uses no")],
+)
+def test_values_without_a_template_are_refused(tmp_path, text, why):
+    with pytest.raises(
+        ConfigError, match=r'task\.chat_template_kwargs = \{"enable_thinking": false\}: .*Take them out'
+    ):
+        load(tmp_path, text, "task.chat_template_kwargs.enable_thinking=false")
+    with pytest.raises(ConfigError, match=why):
+        load(tmp_path, text, "task.chat_template_kwargs.enable_thinking=false")
+    load(tmp_path, text, "task.chat_template_kwargs={}")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

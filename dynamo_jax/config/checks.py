@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from dynamo_jax.config.tree import ArchitectureConfig, Config, MeshConfig
@@ -9,6 +10,17 @@ from dynamo_jax.config.tree import ArchitectureConfig, Config, MeshConfig
 Problem = tuple[str, Any, str, str]  # key, value, why it is impossible, remedy
 
 
+# What a chat template is given or can call without a setting: the arguments of transformers' `apply_chat_template` and
+# the globals of its templates. A value of such a name would be refused there, or take the place of what is needed.
+TEMPLATE_OWN = frozenset({
+    "self", "conversation", "conversations", "messages", "tools", "documents", "chat_template",
+    "add_generation_prompt", "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "strftime_now", "raise_exception", "namespace", "dict", "range", "lipsum", "cycler", "joiner",
+    "true", "false", "none",
+})  # fmt: skip
+
+COLDEST = 1e-30  # the smallest temperature above 0 that is sampled with; logits of 1e8 are still finite
 LASTING = 1e9  # steps; ten thousand rollouts of a prompt, rounded, are still all there after fifty thousand
 
 
@@ -16,6 +28,7 @@ def impossible(c: Config) -> list[Problem]:
     """Every combination of valid values that cannot run."""
     return [
         *_batch_problems(c),
+        *_temperature_problems(c),
         *_allocation_problems(c),
         *_objective_problems(c),
         *_task_problems(c),
@@ -56,6 +69,19 @@ def _batch_problems(c: Config) -> list[Problem]:
     if max(c.eval.k) > c.eval.samples:
         why = f"Pass@k needs k samples a problem, and eval.samples = {c.eval.samples}"
         problems.append(("eval.k", list(c.eval.k), why, f"Raise eval.samples to {max(c.eval.k)}."))
+    return problems
+
+
+def _temperature_problems(c: Config) -> list[Problem]:
+    problems: list[Problem] = []
+    if c.rollout.temperature == 0:
+        why = "training draws its rollouts from a distribution, and at 0 there is only one of each prompt"
+        remedy = "Set it above 0; eval.temperature=0 evaluates greedily."
+        problems.append(("rollout.temperature", c.rollout.temperature, why, remedy))
+    for key, value in (("rollout.temperature", c.rollout.temperature), ("eval.temperature", c.eval.temperature)):
+        if 0 < value < COLDEST:
+            why = "is so close to 0 that logits divided by it are beyond float32"
+            problems.append((key, value, why, "eval.temperature=0 is the limit, greedy decoding; training needs more."))
     return problems
 
 
@@ -110,7 +136,7 @@ def _objective_problems(c: Config) -> list[Problem]:
 
 
 def _task_problems(c: Config) -> list[Problem]:
-    problems: list[Problem] = []
+    problems = _template_problems(c)
     if c.task.kind == "math":
         for key, value in (("task.train", c.task.train), ("task.tokenizer", c.task.tokenizer)):
             if not value:
@@ -133,6 +159,26 @@ def _task_problems(c: Config) -> list[Problem]:
     if c.rollout.max_tokens < operations + 1:
         why = f"a worked solution of {operations} operations has {operations + 1} tokens"
         problems.append(("rollout.max_tokens", c.rollout.max_tokens, why, f"Set {operations + 1} or more."))
+    return problems
+
+
+def _template_problems(c: Config) -> list[Problem]:
+    values, key = c.task.chat_template_kwargs, "task.chat_template_kwargs"
+    if values and (c.task.kind == "arithmetic" or not c.task.chat_template):
+        unused = "task.chat_template = false" if c.task.kind == "math" else "task.kind = arithmetic"
+        return [(key, values, f"{unused} uses no chat template, which could read them", "Take them out.")]
+    problems: list[Problem] = []
+    for name, value in values.items():
+        if name in TEMPLATE_OWN:
+            why = "a chat template gets what has this name from the program"
+            problems.append((f"{key}.{name}", value, why, "Take it out; only a template's own variables are set here."))
+        elif not name.isidentifier():
+            why = "a chat template cannot read a variable of this name"
+            problems.append((f"{key}.{name}", value, why, "Use letters, digits and _, such as enable_thinking."))
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            problems.append((f"{key}.{name}", value, "holds a number that is not finite", "Give a finite one."))
     return problems
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from dataclasses import field
+from typing import Annotated, Any, get_args
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -47,6 +48,7 @@ class TaskConfig:
     eval: tuple[PathText, ...] = ()
     tokenizer: PathText | None = None
     chat_template: bool = True
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # JSON values of its variables
     system_prompt: str | None = None  # null: whatever the tokenizer's template says by itself
     instruction: str = ""  # appended to the user's message
     max_prompt_tokens: PositiveInt = 16
@@ -132,7 +134,7 @@ class RolloutConfig:
     prompts: PositiveInt = 64
     per_prompt: PositiveInt = 8
     max_tokens: PositiveInt = 8
-    temperature: PositiveFloat = 1.0
+    temperature: NonNegativeFloat = 1.0  # above 0: what is learned is the distribution drawn from
     top_k: NonNegativeInt = 0  # 0: off
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_p: Probability = 0.0
@@ -305,7 +307,7 @@ class EvalConfig:
     every: NonNegativeInt = 25  # steps; 0: only before the first and after the last step
     samples: PositiveInt = 8
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
-    temperature: PositiveFloat = 1.0
+    temperature: NonNegativeFloat = 1.0  # 0: the most likely token, whatever top_p
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 

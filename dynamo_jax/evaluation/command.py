@@ -241,6 +241,7 @@ def _eval_sampler(
     config: Config, graph: nnx.GraphDef[Decoder], mesh: Mesh, tokenizer: Tokenizer, samples: int
 ) -> Sampler:
     """The evaluation's sampler, with room for the prompts whose `samples` fill its batch: no prefill is wasted."""
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, samples=samples))
     _, sampler = make_samplers(graph, config, tokenizer, mesh)
     shards = config.mesh.batch_shards
     window = -(-max(1, sampler.config.batch // samples) // shards) * shards

@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 
 from dynamo_jax.config import ArchitectureConfig, MeshConfig, architecture_problems
 from dynamo_jax.policy.model import DecoderConfig, abstract_policy
-from dynamo_jax.policy.params import PARAMS, axis_sizes, param_name, params_of
+from dynamo_jax.policy.params import PARAMS, axis_sizes, param_name
+from dynamo_jax.policy.tensor_names import locate, refuse_adapter
 from dynamo_jax.sharding import to_host, to_mesh
 
 # Field of ArchitectureConfig -> key of config.json. Both directions use it.
@@ -58,6 +59,8 @@ def read_architecture(folder: str | Path) -> ArchitectureConfig:
     do not fit together.
     """
     path = Path(folder) / "config.json"
+    if not path.exists():
+        refuse_adapter(Path(folder))
     data = _read_json(path, "Point policy.load at the folder of a Qwen2-type model.")
     for key, value, only in (
         ("model_type", data.get("model_type"), "qwen2"),
@@ -93,19 +96,20 @@ def load_hf(folder: str | Path, config: DecoderConfig) -> nnx.State:
 
     They come in `config.param_dtype`, with the shardings of `config.mesh` (without one: on the default device).
     Tensors are read one at a time, so the host holds about one stacked parameter; each device gets its shards only.
-    A tied model's `lm_head` and rotary frequencies, which some files repeat, are not read.
+    A tied model's `lm_head` and rotary frequencies, which some files repeat, are not read. Names may carry the prefixes
+    of wrappers (see `locate`).
 
     Raises `ValueError`, with file, tensor, both shapes and the remedy, for missing, unknown, wrongly shaped or
-    quantised tensors, and for missing or damaged files.
+    quantised tensors, for those of an adapter, and for missing or damaged files.
     """
     shapes, sizes = abstract_policy(config)[1], axis_sizes(config.shape)
     with ExitStack() as stack:
         files = {path: _open(path, stack) for path in _weight_files(Path(folder))}
-        where = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118 (not a dict)
-        _check_names(Path(folder), set(where), config)
+        stored_names = [(path, name) for path, file in files.items() for name in file.keys()]  # noqa: SIM118 (no dict)
+        where = locate(Path(folder), stored_names, config)
 
-        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            path = where[name]
+        def read(tensor: str, shape: tuple[int, ...]) -> np.ndarray:
+            path, name = where[tensor]
             try:
                 stored = files[path].get_slice(name)
                 if stored.get_dtype() not in _FLOATS:
@@ -204,6 +208,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
+        refuse_adapter(folder)
         raise ValueError(
             f"{folder}: has neither {single.name} nor {index.name}. Point policy.load at a folder of safetensors; "
             "pickled weights (pytorch_model.bin) are not read: convert them with transformers' save_pretrained."
@@ -226,19 +231,6 @@ def _open(path: Path, stack: ExitStack) -> Any:
 
 def _damaged(path: Path, error: SafetensorError) -> ValueError:
     return ValueError(f"{path}: is not a whole safetensors file ({error}). Download it again.")
-
-
-def _check_names(folder: Path, found: set[str], config: DecoderConfig) -> None:
-    sizes = axis_sizes(config.shape)
-    expected = {tensor for param in params_of(config.shape).values() for tensor in param.hf_names(sizes)}
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    if config.shape.tie_word_embeddings:
-        ignored.add("lm_head.weight")
-    remedy = "Use the config.json that belongs to these weights (layers, tied head, biases), or download them again."
-    for what, names in (("missing", expected - found), ("unknown", found - expected - ignored)):
-        if names:
-            listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(f"{folder}: {len(names)} {what} tensors in the safetensors: {listed}. {remedy}")
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Protocol
 
 from flax import nnx
@@ -11,6 +12,8 @@ from jax.sharding import Mesh
 from dynamo_jax.config import Config
 from dynamo_jax.policy.model import Decoder
 from dynamo_jax.rollout.sampler import Sampler, SamplerConfig, window_size
+
+log = logging.getLogger("dynamo_jax")
 
 
 class SpecialTokens(Protocol):
@@ -28,6 +31,11 @@ def make_samplers(
 ) -> tuple[Sampler, Sampler]:
     """The sampler of training rollouts and the one of evaluation: one and the same if their settings agree."""
     r, e = config.rollout, config.eval
+    if e.temperature == 0 and e.samples > 1:
+        log.warning(
+            "eval.temperature = 0: the %d samples of a problem will be one response, repeated. One is enough.",
+            e.samples,
+        )
     training = SamplerConfig(
         max_tokens=r.max_tokens,
         batch=config.rollout_batch,

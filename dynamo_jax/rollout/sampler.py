@@ -32,7 +32,7 @@ class SamplerConfig:
     window: int
     stop_ids: tuple[int, ...]
     pad_id: int
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0: greedy, the most likely token, whatever the filters below
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -73,6 +73,8 @@ def generate(
         key: typed random key.
 
     Returns: `Rollouts`; `logp_BC` is under softmax(logits / temperature) before top-k, top-p and min-p.
+    At temperature 0 each token is the most likely one, of equally likely ones the lowest id, and `logp_BC` is under
+    softmax(logits).
     """
     L, C = prompt_tokens_PL.shape[1], config.max_tokens
     keys_B = jax.vmap(partial(jax.random.fold_in, key))(rollout_index_B)
@@ -118,11 +120,14 @@ def _sample_token(
     logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, config: SamplerConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Gumbel-max sampling: the token (int32 [B]) and its unfiltered log-probability (float32 [B], nats)."""
-    logits_BV = logits_BV / config.temperature
-    allowed_BV = filter_logits(logits_BV, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
-    step_keys_B = jax.vmap(partial(jax.random.fold_in, data=step))(keys_B)
-    gumbel_BV = jax.vmap(lambda k: jax.random.gumbel(k, logits_BV.shape[1:], jnp.float32))(step_keys_B)
-    token_B = jnp.argmax(allowed_BV + gumbel_BV, axis=-1).astype(jnp.int32)
+    noisy_BV = logits_BV
+    if config.temperature > 0:
+        logits_BV = logits_BV / config.temperature
+        allowed_BV = filter_logits(logits_BV, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+        step_keys_B = jax.vmap(partial(jax.random.fold_in, data=step))(keys_B)
+        gumbel_BV = jax.vmap(lambda k: jax.random.gumbel(k, logits_BV.shape[1:], jnp.float32))(step_keys_B)
+        noisy_BV = allowed_BV + gumbel_BV
+    token_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
     logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     return token_B, jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
 

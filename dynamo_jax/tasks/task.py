@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -41,11 +42,19 @@ class Task:
         return [prompts.fingerprint for prompts in (self.train, *self.evals)]
 
 
-def build_tokenizer(config: Config) -> Tokenizer:
-    """The task's tokenizer. Raises `ValueError` for a folder that holds none."""
+def build_tokenizer(config: Config, now: datetime | None = None) -> Tokenizer:
+    """The task's tokenizer, with the stop tokens of the policy. Raises `ValueError` for a folder that holds none.
+
+    `now` is what its chat template gets as today's date, if it asks for it; None: the clock's.
+    """
     if config.task.kind == "arithmetic":
         return ArithmeticTokenizer()
-    return load_tokenizer(str(config.task.tokenizer))
+    return load_tokenizer(
+        str(config.task.tokenizer),
+        policy_folder=config.policy.load,
+        chat_template_kwargs=config.task.chat_template_kwargs,
+        now=now,
+    )
 
 
 def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
@@ -87,12 +96,12 @@ def killed_answers(config: Config) -> Path:
     return places.checkpoints.parent / f"killed_answers.{index}.jsonl"
 
 
-def build_task(config: Config) -> Task:
-    """Read or make all that the config names.
+def build_task(config: Config, now: datetime | None = None) -> Task:
+    """Read or make all that the config names. `now`: see `build_tokenizer`.
 
     Raises `ValueError` naming the file and the line of what is wrong with the data.
     """
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config, now)
     if config.task.kind == "arithmetic":
         train, heldout = _arithmetic(config, tokenizer)
         return Task(tokenizer, train, (heldout,), build_verifier(config))

@@ -118,6 +118,18 @@ def test_an_evaluation_goes_on_where_it_was_stopped(capsys, tmp_path, trained, m
     assert "--regrade" in message
 
 
+def test_a_greedy_evaluation_repeats_one_response(capsys, tmp_path, trained):
+    words = ["eval", str(trained / "config.yaml"), "--checkpoint", str(trained), "--samples", "3", "--k", "1"]
+    assert cli.main([*words, "--out", str(tmp_path), "eval.temperature=0", "eval.top_p=0.5"]) == 0
+    drawn_with, lines = sample_lines(tmp_path, "heldout")
+    assert drawn_with["temperature"] == 0
+    texts = [json.loads(line)["text"] for line in lines]
+    assert len(texts) == 8 * 3
+    assert texts == [text for text in texts[::3] for _ in range(3)]
+    assert "the 3 samples of a problem will be one response" in capsys.readouterr().err
+    assert '"eval/heldout/pass@1"' in (tmp_path / "results.json").read_text()
+
+
 def sample_lines(folder: Path, name: str) -> tuple[dict, list[bytes]]:
     """What a saved file says that it was drawn with, and its samples."""
     header, *lines = (folder / f"{name}_n3.jsonl").read_bytes().splitlines()

@@ -303,6 +303,57 @@ def test_missing_and_unknown_tensors_are_refused(saved: Path) -> None:
         load_hf(saved, decoder_config())
 
 
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: "_orig_mod." + name,
+        lambda name: "module._orig_mod." + name,
+        lambda name: "base_model.model." + name,
+        lambda name: name.replace(".mlp.", "._orig_mod.mlp.") if "layers.1" in name else name,
+    ],
+)
+@pytest.mark.parametrize("files", [1, 3])
+def test_weights_under_a_wrappers_prefix_are_read(saved: Path, files: int, wrapped: Any) -> None:
+    """In one file or in several with an index, bit for bit."""
+    expected = load_hf(saved, decoder_config())
+    tensors = {wrapped(name): x for name, x in load_file(saved / "model.safetensors").items()}
+    if files == 1:
+        save_file(tensors, saved / "model.safetensors")
+    else:
+        (saved / "model.safetensors").unlink()
+        where = {name: f"{i % files}.safetensors" for i, name in enumerate(tensors)}
+        for file in set(where.values()):
+            save_file({name: x for name, x in tensors.items() if where[name] == file}, saved / file)
+        (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert_same(load_hf(saved, decoder_config()), expected)
+
+
+def test_errors_of_wrapped_tensors_name_them_as_they_are_stored(saved: Path) -> None:
+    tensors = {f"module.{name}": x for name, x in load_file(saved / "model.safetensors").items()}
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tensor module\.model\.layers\.0\.mlp\.\w+\.weight has shape .*needs"):
+        load_hf(saved, decoder_config(intermediate_size=40))
+    with pytest.raises(ValueError, match=r"12 unknown tensors.*module\.model\.layers\.2.*prefix module\. of a wrapper"):
+        load_hf(saved, decoder_config(num_layers=2))
+    rewrite(saved, **{"module.model.norm.weight": np.ones(32, np.int8)})
+    with pytest.raises(ValueError, match=r"tensor module\.model\.norm\.weight has type I8"):
+        load_hf(saved, decoder_config())
+
+
+def test_an_adapter_is_no_model(saved: Path) -> None:
+    rewrite(saved, **{"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((2, 32), np.float32)})
+    with pytest.raises(ValueError, match=r"1 tensors of a LoRA adapter.*lora_A.*not merged"):
+        load_hf(saved, decoder_config())
+    (saved / "adapter_config.json").write_text("{}")
+    (saved / "model.safetensors").rename(saved / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"holds a LoRA adapter .*not a model"):
+        load_hf(saved, decoder_config())
+    assert read_architecture(saved) == TINY  # of the model beside it
+    (saved / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds a LoRA adapter .*not a model"):
+        read_architecture(saved)
+
+
 def test_a_config_of_another_model_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"12 unknown tensors.*model\.layers\.2.*, \.\.\..* config\.json"):
         load_hf(saved, decoder_config(num_layers=2))

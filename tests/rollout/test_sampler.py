@@ -14,9 +14,10 @@ from flax import nnx
 
 from dynamo_jax.batch import PromptBatch, Rollouts
 from dynamo_jax.config import ArchitectureConfig, MeshConfig
+from dynamo_jax.config.checks import COLDEST
 from dynamo_jax.policy import DecoderConfig, abstract_policy
 from dynamo_jax.rollout.filters import EXCLUDED, filter_logits
-from dynamo_jax.rollout.sampler import Sampler, SamplerConfig, generate, join, window_size
+from dynamo_jax.rollout.sampler import Sampler, SamplerConfig, _sample_token, generate, join, window_size
 from dynamo_jax.sharding import make_mesh
 
 V, L, C = 24, 5, 6
@@ -27,6 +28,7 @@ POLICY = DecoderConfig(
     )
 )  # fmt: skip
 BASE = SamplerConfig(max_tokens=C, batch=8, window=4, stop_ids=(3, 7), pad_id=0)
+GREEDY = dataclasses.replace(BASE, temperature=0.0, stop_ids=())
 COUNTS = np.array([7, 1, 2, 9, 4, 3])  # rollouts of each of the six prompts
 KEY = jax.random.key(11)
 
@@ -178,13 +180,60 @@ def test_indices_and_keys_make_rollouts_differ() -> None:
 
 
 def test_unequal_groups_belong_to_their_prompts() -> None:
-    greedy = dataclasses.replace(BASE, temperature=1e-4, stop_ids=())
     prompt_of = np.repeat(np.arange(6), COUNTS)
-    rollouts = sample(greedy)
-    np.testing.assert_array_equal(rollouts.tokens_BC, teacher_forced(rollouts, prompt_of).argmax(axis=2))
-    alone = [sampler(greedy).sample(params(), prompt_batch([p]), np.zeros(1, int), KEY).tokens_BC[0] for p in range(6)]
+    rollouts = sample(GREEDY)
+    alone = [sampler(GREEDY).sample(params(), prompt_batch([p]), np.zeros(1, int), KEY).tokens_BC[0] for p in range(6)]
     assert len({tuple(tokens) for tokens in alone}) == 6  # so that a swapped prompt would be seen
     np.testing.assert_array_equal(rollouts.tokens_BC, np.stack(alone)[prompt_of])
+
+
+def test_greedy_is_the_argmax_at_every_token() -> None:
+    """By induction the loop of argmax, forward pass, argmax, ...: each token is that of all those before it."""
+    prompt_of = np.repeat(np.arange(6), COUNTS)
+    rollouts = sample(GREEDY)
+    assert_consistent(rollouts, GREEDY.stop_ids, GREEDY.pad_id)
+    logits = teacher_forced(rollouts, prompt_of)
+    np.testing.assert_array_equal(rollouts.tokens_BC, logits.argmax(axis=2))
+    # Log-probabilities are those at temperature 1, at which no token is certain.
+    logp = np.asarray(jax.nn.log_softmax(logits)).max(axis=2)
+    np.testing.assert_allclose(rollouts.logp_BC, logp, atol=1e-4, rtol=0)
+    assert rollouts.logp_BC.max() < -1e-3
+    # One response a prompt, whatever the index and the key.
+    assert len({(p, *tokens) for p, tokens in zip(prompt_of, rollouts.tokens_BC, strict=True)}) == 6
+    other = sampler(GREEDY).sample(params(), prompt_batch(), prompt_of, jax.random.key(12))
+    np.testing.assert_array_equal(other.tokens_BC, rollouts.tokens_BC)
+    np.testing.assert_array_equal(other.logp_BC, rollouts.logp_BC)
+    # A response ends at its stop token and is the same before it, with a filter and on eight devices, too.
+    stop = int(rollouts.tokens_BC[0, 2])
+    ending = dataclasses.replace(GREEDY, stop_ids=(stop,), top_p=0.3, top_k=2, min_p=0.9, window=8)
+    ended = sample(ending, sharded=True)
+    assert_consistent(ended, ending.stop_ids, ending.pad_id)
+    assert ended.ended_B[0]
+    real = np.arange(C) < ended.length_B[:, None]
+    np.testing.assert_array_equal(ended.tokens_BC[real], rollouts.tokens_BC[real])
+    np.testing.assert_allclose(ended.logp_BC[real], rollouts.logp_BC[real], atol=1e-5)
+    assert sampler(GREEDY).traces == sampler(ending, True).traces == 1
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.1}, {"top_k": 1}, {"top_p": 1e-6, "min_p": 1.0, "top_k": 3}])
+@pytest.mark.parametrize("temperature", [0.0, -0.0, 0])
+def test_greedy_ties_go_to_the_smaller_id(filters: dict[str, float], temperature: float) -> None:
+    rows = [[0, 2, 2, 1], [3, 3, 3, 3], [-1e30, -5, -6, -5], [0, 0, 1e30, 1e30], [-np.inf, 7, -np.inf, 7], [0, 1, 2, 3]]
+    config = dataclasses.replace(GREEDY, temperature=temperature, **filters)
+    keys = jax.random.split(KEY, len(rows))
+    token, logp = _sample_token(jnp.asarray(rows, jnp.float32), keys, jnp.int32(0), config)
+    np.testing.assert_array_equal(token, [1, 0, 1, 2, 1, 3])
+    assert token.dtype == jnp.int32
+    assert np.isfinite(logp).all()
+    np.testing.assert_allclose(logp[:2], [-np.log(2 + np.exp(-2) + np.exp(-1)), -np.log(4)], rtol=1e-6)
+
+
+def test_the_coldest_temperature_is_still_a_division() -> None:
+    config = dataclasses.replace(GREEDY, temperature=COLDEST, top_p=0.9)
+    logits = jnp.asarray([[1, 5, 3, -2], [-1e3, 9e2, 1e3, 0]], jnp.float32)
+    token, logp = _sample_token(logits, jax.random.split(KEY, 2), jnp.int32(0), config)
+    np.testing.assert_array_equal(token, [1, 2])
+    assert not np.isnan(logp).any()
 
 
 def test_one_trace_serves_every_allocation() -> None:

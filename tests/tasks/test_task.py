@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dynamo_jax.config import Config, load_config
+from dynamo_jax.config import Config, PolicyConfig, load_config
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve
 from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.read import Row
@@ -163,6 +164,32 @@ def test_two_benchmarks_of_one_name_are_refused(tmp_path, math_task):
 def test_a_math_task_without_benchmarks_trains(tmp_path, math_task):
     task = build_task(load(tmp_path, **math_task | {"eval": []}))
     assert task.evals == ()
+
+
+def test_the_tokenizer_gets_its_settings_from_the_config(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dynamo_jax.tasks.task.load_tokenizer", lambda folder, **rest: seen.append((folder, rest)))
+    files = {"kind": "math", "train": ["x.jsonl"], "tokenizer": "folder"}
+    build_tokenizer(load(tmp_path, **files))
+    config = load(tmp_path, **files, chat_template_kwargs={"enable_thinking": False})
+    build_tokenizer(dataclasses.replace(config, policy=PolicyConfig(load="model")), datetime(2026, 11, 27))
+    assert seen == [
+        ("folder", {"policy_folder": None, "chat_template_kwargs": {}, "now": None}),
+        ("folder", {"policy_folder": "model", "chat_template_kwargs": {"enable_thinking": False},
+                    "now": datetime(2026, 11, 27)}),
+    ]  # fmt: skip
+
+
+def test_the_whole_task_has_the_date_of_the_runs_start(tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def build(config, now):
+        raise Seen(now)
+
+    monkeypatch.setattr("dynamo_jax.tasks.task.build_tokenizer", build)
+    with pytest.raises(Seen, match="2026-11-27"):
+        build_task(load(tmp_path, arithmetic=SMALL), now=datetime(2026, 11, 27))
 
 
 def test_the_verifier_gets_its_limits_from_the_config(tmp_path, monkeypatch):
