@@ -38,12 +38,22 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class ColumnsConfig:
+    """Columns of the data files; dotted names reach into structs. null: the usual names (`tasks/columns.py`)."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, config=_strict)
 class TaskConfig:
-    """What is learned. `math` reads `train` and `eval` files (JSONL or Parquet) and needs a `tokenizer` folder."""
+    """What is learned. `math` reads `train` and `eval` (files, folders or globs) and needs a `tokenizer` folder."""
 
     kind: choices.TaskKind = "arithmetic"
     train: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
+    columns: ColumnsConfig = ColumnsConfig()
     tokenizer: str | None = None
     chat_template: bool = True
     system_prompt: str | None = None  # null: whatever the tokenizer's template says by itself

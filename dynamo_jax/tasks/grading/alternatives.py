@@ -55,7 +55,7 @@ def listed(text: str) -> tuple[str, ...] | None:
 
     Raises ValueError, saying why, for a list that cannot be read, is empty or holds anything else.
     """
-    if not _LIST.match(text):
+    if not is_list(text):
         return None
     try:
         items = json.loads(text)
@@ -66,6 +66,11 @@ def listed(text: str) -> tuple[str, ...] | None:
         if _eaten(items):
             raise ValueError("a backslash in it makes a control character; write each backslash twice")
     return texts_of(items)
+
+
+def is_list(text: str) -> bool:
+    """Whether a text begins as a list of texts does, be it readable or not."""
+    return _LIST.match(text) is not None
 
 
 def texts_of(items: Iterable[Any]) -> tuple[str, ...]:
