@@ -1,6 +1,9 @@
 """References that are lists of texts: which texts are such lists, what is refused, and how they are graded."""
 
 import contextlib
+import json
+import random
+import re
 import time
 from decimal import Decimal
 
@@ -72,6 +75,17 @@ def test_lists_that_cannot_be_read(text, why):
     with pytest.raises(ValueError, match=why):
         listed(text)
     assert alternatives(text) == (text,)
+
+
+def test_what_json_and_python_write_is_read_back():
+    rng = random.Random(0)  # noqa: S311
+    for _ in range(2000):
+        items = [
+            "".join(rng.choices("ab1\\'\"{}[], \nfuxθ²,;", k=rng.randint(1, 6))) + "." for _ in range(rng.randint(1, 3))
+        ]
+        for text in (json.dumps(items), json.dumps(items, ensure_ascii=False), repr(items)):
+            if not re.search(r"\\n[a-z]", text):  # which may be a lost backslash
+                assert listed(text) == tuple(dict.fromkeys(item.strip() for item in items))
 
 
 MANY = 100_000
