@@ -30,7 +30,7 @@ from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import join
 from dynamo_jax.rollout.text import some_texts
 from dynamo_jax.rounds import EMPTY, Draw, make_rounds, merged
-from dynamo_jax.run.agreement import check_same_run
+from dynamo_jax.run.agreement import check_same_run, start_of_process_0
 from dynamo_jax.run.bucket import locations
 from dynamo_jax.run.bucket_folder import open_run_folder
 from dynamo_jax.run.contents import Contents, forms
@@ -39,6 +39,7 @@ from dynamo_jax.run.keeper import Keeper
 from dynamo_jax.run.metrics import ProgressBar, plain_numbers, setup_logging
 from dynamo_jax.run.phases import Phases
 from dynamo_jax.run.profiling import Profile
+from dynamo_jax.run.start import START_NAME, start_in
 from dynamo_jax.run.stopping import Ending, Interrupted, Stopping
 from dynamo_jax.run.storage import TemporaryFailure, patiently
 from dynamo_jax.run.writer import sample_lines
@@ -78,17 +79,20 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
     with watched(ending.lost) as ending.peers, ExitStack() as stack:
         stack.push(ending.announce)
         mesh = make_mesh(config.mesh)
-        task = build_task(config)
+        folder = stack.enter_context(open_run_folder(config.run_dir, config.checkpoint.patience)) if writer else None
+        start = start_of_process_0(start_in(folder.path, folder.has_checkpoint()) if folder else None)
+        task = build_task(config, start)
         stack.callback(task.verifier.close)
         trainer = Trainer(config, task, mesh, ending)
-        if writer:
-            trainer.folder = folder = stack.enter_context(open_run_folder(config.run_dir, config.checkpoint.patience))
+        trainer.folder = folder
+        if folder:
             folder.check_or_write_config(config)
+            folder.write_atomic(START_NAME, start.text())
             stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
             ending.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
         check_same_run(config, task.fingerprints)
         trainer.run(profile)
-        if writer:
+        if folder:
             with PROGRESS.doing("report", patient=True):
                 for action in (partial(write_report, [folder.path], folder.path / "report.html"), folder.sync):
                     patiently(action, "the report", config.checkpoint.patience)

@@ -56,7 +56,7 @@ class CountingCoin(Coin):
 
 def main() -> None:
     loop.Trainer = Witness  # type: ignore[misc]
-    loop.build_task = lambda config: dataclasses.replace(build_task(config), verifier=Coin())
+    loop.build_task = lambda *given: dataclasses.replace(build_task(*given), verifier=Coin())
     evaluation.build_verifier = lambda config: CountingCoin(  # type: ignore[misc, assignment]
         Path(config.run_dir).with_suffix(f".graded{jax.process_index()}")
     )

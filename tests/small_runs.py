@@ -121,7 +121,9 @@ def patched(context: pytest.MonkeyPatch, verifier: Any = None, poison: int = 0) 
         return made[-1]
 
     context.setattr(loop, "Trainer", spy)
-    context.setattr(loop, "build_task", lambda c: dataclasses.replace(build_task(c), verifier=verifier or Coin()))
+    context.setattr(
+        loop, "build_task", lambda *given: dataclasses.replace(build_task(*given), verifier=verifier or Coin())
+    )
     return made
 
 

@@ -131,7 +131,7 @@ def train_until(folder: Path, steps: int) -> tuple[Echo, Strict, list[Any], loop
     path.write_text(yaml.safe_dump(CONFIG | {"run_dir": str(folder)}))
     with pytest.MonkeyPatch.context() as context:
         context.setattr(loop, "Trainer", Trainer)
-        context.setattr(loop, "build_task", lambda _: task)
+        context.setattr(loop, "build_task", lambda *_: task)
         context.setattr(loop, "make_samplers", lambda *_: (echo, quiet))
         loop.train(load_config(path, [f"trainer.steps={steps}"]))
     return echo, verifier, batches, trainers[0]

@@ -163,7 +163,7 @@ def test_extremes_of_micro_batches_are_those_of_the_released_code() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps of two updates with a tiny policy; 20 steps at full size are in benchmarks/methods.py."""
-    monkeypatch.setattr(loop, "build_task", lambda c: dataclasses.replace(build_task(c), verifier=Coin()))
+    monkeypatch.setattr(loop, "build_task", lambda *given: dataclasses.replace(build_task(*given), verifier=Coin()))
     monkeypatch.setattr(loop, "write_report", lambda *_: None)
     loop.train(load_config(path, [*SMALL, f"run_dir={tmp_path / 'run'}"]))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -279,8 +279,8 @@ def test_other_held_out_prompts_are_refused_on_resume(
     before = result(tmp_path)
     build = loop.build_task
 
-    def other(config: Any) -> Any:
-        task = build(config)
+    def other(*given: Any) -> Any:
+        task = build(*given)
         held_out = dataclasses.replace(task.evals[0], fingerprint="of other content")
         return dataclasses.replace(task, evals=(held_out,))
 

@@ -40,12 +40,22 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, config=_strict)
+class ColumnsConfig:
+    """Columns of the data files; dotted names reach into structs. null: the usual names (`tasks/columns.py`)."""
+
+    prompt: str | None = None
+    answer: str | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, config=_strict)
 class TaskConfig:
-    """What is learned. `math` reads `train` and `eval` files (JSONL or Parquet) and needs a `tokenizer` folder."""
+    """What is learned. `math` reads `train` and `eval` (files, folders or globs) and needs a `tokenizer` folder."""
 
     kind: choices.TaskKind = "arithmetic"
     train: tuple[PathText, ...] = ()
     eval: tuple[PathText, ...] = ()
+    columns: ColumnsConfig = ColumnsConfig()
     tokenizer: PathText | None = None
     chat_template: bool = True
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # JSON values of its variables

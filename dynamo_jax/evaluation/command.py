@@ -27,11 +27,13 @@ from dynamo_jax.policy.model import Decoder, abstract_policy
 from dynamo_jax.rollout.build import make_samplers
 from dynamo_jax.rollout.sampler import Sampler
 from dynamo_jax.rollout.text import decode_rollouts
+from dynamo_jax.run.agreement import start_of_process_0
 from dynamo_jax.run.bucket import is_remote
 from dynamo_jax.run.checkpoint import resolve_checkpoint
 from dynamo_jax.run.checkpoint_files import written
 from dynamo_jax.run.folder import write_atomic
 from dynamo_jax.run.metrics import setup_logging
+from dynamo_jax.run.start import START_NAME, start_of_evaluation
 from dynamo_jax.run.stopping import Ending
 from dynamo_jax.sharding import agreed, make_mesh, start_devices, total
 from dynamo_jax.tasks.grading.extract import extract
@@ -79,18 +81,22 @@ def eval_command(
     ending = Ending()
     with watched(ending.lost) as ending.peers, ExitStack() as stack:
         stack.push(ending.announce)  # what process 0 alone finds wrong, such as other samples in the folder, ends all
-        tokenizer = build_tokenizer(config)
-        prompt_sets = eval_prompts(config, tokenizer, benchmarks)
         label, source = _origin(checkpoint, regrade)
         folder = out or _eval_folder(config) / label
+        start = start_of_process_0(start_of_evaluation(folder, checkpoint))
+        tokenizer = build_tokenizer(config, start.now)
+        prompt_sets = eval_prompts(config, tokenizer, benchmarks, reading=start.reading)
         drawn_with = _drawn_with(config, source, samples, tokenizer) if source and not regrade else {}
         files = [
             SampleFile(folder / f"{p.name}_n{samples}.jsonl", drawn_with | {"prompts": p.fingerprint}, samples)
             for p in prompt_sets
         ]
-        verifier = build_verifier(config)
+        verifier = build_verifier(config, reading=start.reading)
         stack.callback(verifier.close)
         if not regrade:
+            if jax.process_index() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(folder / START_NAME, start.text())
             evaluations = _sample(config, checkpoint, prompt_sets, files, tokenizer, verifier)
         elif jax.process_index() == 0:  # the saved samples are on its disk
             evaluations = [_regrade(file, p, verifier) for file, p in zip(files, prompt_sets, strict=True)]
@@ -221,7 +227,6 @@ def _sample(
         for prompts, file, rows in zip(prompt_sets, files, saved, strict=True):
             done = agreed(len(rows) // samples)
             if writer:
-                file.path.parent.mkdir(parents=True, exist_ok=True)
                 file.write(rows)
             key = content_key(jax.random.key(config.seed), prompts)
             pieces = graded_pieces(

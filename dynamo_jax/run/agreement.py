@@ -1,16 +1,19 @@
-"""What the processes of a run must have in common before it starts: the config, the data, the folder."""
+"""What the processes of a run must have in common before it starts: the config, the data, the folder, the start."""
 
 from __future__ import annotations
 
+import datetime
 import zlib
 from collections.abc import Iterable
 
 import jax
+import numpy as np
 
 from dynamo_jax.config import Config, dump_config
 from dynamo_jax.run.bucket import place
 from dynamo_jax.run.folder import CONFIG_NAME
-from dynamo_jax.sharding import agreed
+from dynamo_jax.run.start import Start
+from dynamo_jax.sharding import agreed, of_process_0
 
 
 def check_same_run(config: Config, fingerprints: Iterable[str]) -> None:
@@ -32,3 +35,11 @@ def check_same_run(config: Config, fingerprints: Iterable[str]) -> None:
             f"run_dir = {config.run_dir}: process {jax.process_index()} does not see the folder that process 0 opened. "
             "Put it on a disk that all hosts share, or in a bucket."
         )
+
+
+def start_of_process_0(start: Start | None) -> Start:
+    """The start that process 0 calls this with, on every process, which must all call it."""
+    told = start or Start.today()
+    numbers = of_process_0(np.array([*told.now.timetuple()[:6], told.reading], np.int32))
+    *when, reading = map(int, numbers)
+    return Start(datetime.datetime(*when), reading)  # type: ignore[arg-type]

@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 
 from dynamo_jax.batch import PromptBatch
-from dynamo_jax.tasks.read import Message, Row, read_rows
+from dynamo_jax.config import ColumnsConfig
+from dynamo_jax.run.start import READING
+from dynamo_jax.tasks.chat import Message
+from dynamo_jax.tasks.files import set_name
+from dynamo_jax.tasks.read import Row, read_rows
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
 logger = logging.getLogger("dynamo_jax")
@@ -81,16 +85,20 @@ def load_prompts(
     system_prompt: str | None,
     instruction: str,
     check: Callable[[Sequence[Row]], None] | None = None,
+    columns: ColumnsConfig | None = None,
+    reading: int = READING,
 ) -> PromptSet:
-    """Read `paths` (layouts: `read.read_rows`), render, tokenize, and leave out prompts over `max_prompt_tokens`.
+    """Read `paths`, render, tokenize, and leave out prompts over `max_prompt_tokens`.
+
+    Layouts of files, `columns` and `reading`: `read.read_rows`.
 
     With `chat_template` a text becomes a user message, and the tokenizer's template renders the chat up to where the
     answer begins; messages in the data are used as they are, with `system_prompt` in front if they bring none.
     `instruction` follows the problem (the last user message) exactly as it is written: begin it with a space or a line
     break. Without `chat_template` the prompt is the problem and the instruction and nothing else.
 
-    The name is the file's stem; of several files the stems, joined by "+". The prompts left out are in
-    `dropped_ids` and their number is logged as a warning.
+    The name is the file's without its ending, a folder's, or what is no wildcard of a glob; of several they are joined
+    by "+". The prompts left out are in `dropped_ids` and their number is logged as a warning.
 
     `check` sees all rows first and may raise.
 
@@ -103,9 +111,9 @@ def load_prompts(
             f"task.system_prompt = {system_prompt!r} needs a chat template, and task.chat_template is false. "
             "Set task.chat_template=true, or put the text into the problems."
         )
-    name = "+".join(Path(path).stem for path in paths)
+    name = set_name(paths)
     kept, dropped_ids, lengths = [], [], []
-    rows = read_rows(paths)
+    rows = read_rows(paths, columns=columns, reading=reading)
     if check is not None:
         check(rows)
     for row in rows:

@@ -1,26 +1,47 @@
-"""Rows of JSONL and Parquet files in the layouts that RLVR data comes in, each with its place in the file."""
+"""Rows of data files in the layouts that RLVR data comes in, each with its place in the file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-PROMPT_KEYS = ("prompt", "problem", "question")
-ANSWER_KEYS = ("answer", "ground_truth", "reward_model.ground_truth")
+from dynamo_jax.config import ColumnsConfig
+from dynamo_jax.run.start import READING
+from dynamo_jax.tasks import chat
+from dynamo_jax.tasks.chat import Message
+from dynamo_jax.tasks.columns import (
+    ANSWER,
+    ID,
+    PROMPT,
+    SOLUTIONS,
+    SOURCE,
+    Role,
+    find,
+    id_text,
+    inside,
+    missing,
+    used_twice,
+    wanted,
+)
+from dynamo_jax.tasks.files import data_files, file_labels, no_rows, records, set_name
+from dynamo_jax.tasks.first_reading import first_rows
+from dynamo_jax.tasks.references import of_solution, reference
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
+logger = logging.getLogger("dynamo_jax")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One problem. `prompt` is a text or the messages of a chat; `where` is its file and line, for error messages."""
+    """One problem. `prompt` is a text or the messages of a chat; `answer` may be a list of alternatives
+    (`grading/alternatives.py`); `where` is its file and line, for error messages."""
 
     id: str
     prompt: str | tuple[Message, ...]
@@ -28,189 +49,136 @@ class Row:
     where: str
 
 
-def read_rows(paths: Sequence[str | Path]) -> list[Row]:
-    """All rows of `paths` (.jsonl or .parquet), in order.
+def read_rows(
+    paths: Sequence[str | Path], *, columns: ColumnsConfig | None = None, reading: int = READING
+) -> list[Row]:
+    """All rows of the files, folders and globs `paths`, in order (`files.data_files`); equal ones once.
 
-    Of the keys of a row the first that is there and not null counts:
-      prompt  `prompt` (a text, or chat messages `[{role, content}, ...]`), `problem`, `question`
-      answer  `answer`, `ground_truth`, `reward_model.ground_truth` (verl); a text or a number. Of a text with `####`
-              (GSM8K's worked solutions) only what follows the last one, without thousands separators.
-      id      `id`, `extra_info.index` (verl), else a hash of prompt and answer. None depends on the order of the rows.
-              verl counts from 0 in every file, so of several files its ids become `folder/file/index`. Rows that are
-              equal in prompt and answer and have no id are told apart as `hash`, `hash#2`, ...
+    The columns are those that `columns` names. Else, of the keys of a row, the first that has a value that is not blank
+    (`columns.py` lists them; docs/data.md shows the layouts in the wild):
+      prompt  `prompt`, `problem`, `question`, ...: a text, or chat messages `[{role, content}, ...]`
+      answer  `answer`, `ground_truth`, `reward_model.ground_truth` (verl), ...: a text, a number, or a list of
+              alternatives. Of a text with `####` (GSM8K's worked solutions) what follows the last one, without
+              thousands separators; of `solution` what is in its last box.
+      id      `id`, `extra_info.index` (verl), else a hash of prompt and answer. verl counts from 0 in every file, so of
+              several files its ids become `folder/file/index`.
+    Rows of the same prompt and answer are one problem to the policy, whatever their ids: they are read once, in the
+    place of the first, and their number is logged. Of several ids the shortest counts, then the first in the alphabet,
+    so that ids do not depend on the order of rows and files. Different problems of the same id are told apart by the
+    file or by `data_source`, where that differs, as `folder/file/id` or `source/id`. Other ids stay as they are.
     Blank lines of a JSONL file are skipped; other keys are ignored.
 
-    Raises ValueError, with file, line (JSONL) or row (Parquet; both from 1), key and remedy, for a file that is
-    missing, unreadable, without rows or of another kind, a row without prompt or answer, and an id used twice.
+    With `reading` 1 files are read as they were before all this (`first_reading.py`).
+
+    Raises ValueError, with file, line (JSONL) or row (both from 1), key and remedy, for a file that is missing,
+    unreadable, without rows or of another kind, a row without prompt or answer, and an id that different problems of
+    one source have.
     """
-    if not paths:
-        raise ValueError("no data file is given. Name at least one .jsonl or .parquet file in task.train.")
-    places: dict[str, str] = {}  # id -> where it was first seen
-    copies: dict[str, int] = {}  # hash id -> rows seen with it
-    rows: list[Row] = []
-    files: set[Path] = set()
-    for path in map(Path, paths):
-        if path.resolve() in files:
-            raise ValueError(f"{path}: is listed twice. Name each data file once.")
-        files.add(path.resolve())
-        scope = f"{path.resolve().parent.name}/{path.stem}/" if len(paths) > 1 else ""
-        before = len(rows)
-        for where, record in _records(path):
-            prompt, answer = _prompt(record, where), _answer(record, where)
-            row_id = _given_id(record, where, scope)
-            if row_id is None:
-                row_id = hashlib.sha256(json.dumps([prompt, answer]).encode()).hexdigest()[:16]
-                copies[row_id] = copies.get(row_id, 0) + 1
-                row_id += f"#{copies[row_id]}" if copies[row_id] > 1 else ""
-            if row_id in places:
-                raise ValueError(
-                    f"{where}: id {row_id!r} is already the id of {places[row_id]}. A prompt's success statistics are "
-                    "kept under its id: give every row its own."
-                )
-            places[row_id] = where
-            rows.append(Row(row_id, prompt, answer, where))
-        if len(rows) == before:
-            raise ValueError(f"{path}: has no rows. Write one JSON object a line, or take the file out of the list.")
-    return rows
+    files = data_files(paths)
+    if reading == 1:
+        return [Row(*row) for row in first_rows(files)]
+    if reading != READING:
+        raise ValueError(f"reading = {reading}: this version reads files as 1 and {READING} do. Update it.")
+    columns = columns or ColumnsConfig()
+    found: dict[bytes, _Found] = {}
+    total = 0
+    for file, label in zip(files, file_labels(files), strict=True):
+        before = total
+        for where, record, there in records(file, partial(wanted, columns=columns)):
+            total += 1
+            digest, row = _row(where, record, there, columns, file, label)
+            known = found.get(digest)
+            if known is None or row.rank < known.rank:
+                found[digest] = row  # in the place of the first
+        if total == before:
+            raise no_rows(file)
+    if total > len(found):
+        logger.warning(
+            "%s: %d of %d rows repeat the problem and the answer of another one and were left out",
+            set_name(paths), total - len(found), total,
+        )  # fmt: skip
+    return _with_ids(list(found.values()), files)
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.exists():
-        raise ValueError(f"{path}: no such data file. Correct the path (task.train, task.eval or --benchmark).")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, not a data file. Name the .jsonl or .parquet files in it.")
-    if path.suffix == ".jsonl":
-        return _jsonl_records(path)
-    if path.suffix == ".parquet":
-        return _parquet_records(path)
-    raise ValueError(f"{path}: unknown kind of data file {path.suffix!r}. Convert it to .jsonl or .parquet.")
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A row before its id is known: `name` is what would be its id if no other problem had it, too."""
+
+    name: str
+    given: str  # the same without `label`
+    hashed: bool  # the file gives no id
+    prompt: str | tuple[Message, ...]
+    answer: str
+    where: str
+    file: Path
+    label: str
+    source: str  # its data_source and "/", or nothing
+
+    @property
+    def rank(self) -> tuple[bool, int, str, str, str]:
+        """Of equal rows the one of lowest rank counts."""
+        return self.hashed, len(self.name), self.name, self.source, self.label
 
 
-def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        # Bytes, because only "\n" ends a line of JSONL: reading text would also split at a lone carriage return.
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}. Check the file and its permissions.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: is not UTF-8: {error}. Save the file as UTF-8.") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested lists
-            raise ValueError(f"{where}: is not valid JSON: {error}. Write one JSON object a line.") from None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{where}: is a JSON {type(record).__name__}, not an object. Write one object a line, such as "
-                '{"id": "1", "problem": "2 + 3 = ?", "answer": "5"}.'
-            )
-        yield where, record
+def _row(
+    where: str, record: dict[str, Any], there: Sequence[str], columns: ColumnsConfig, file: Path, label: str
+) -> tuple[bytes, _Found]:
+    key, value = _column(PROMPT, record, columns.prompt, where, there)
+    prompt = chat.prompt(value, where, key)
+    key, value = _column(ANSWER, record, columns.answer, where, there)
+    named = columns.answer is not None
+    if named or key.lower() in SOLUTIONS:
+        value = of_solution(value, where, key, named=named)
+    answer = reference(value, where, key)
+    digest = hashlib.sha256(json.dumps([prompt, answer]).encode())
+    source = inside(record, SOURCE)
+    source = f"{source}/" if isinstance(source, str) and source else ""
+    found = find(ID, record, columns.id, where, there)
+    if found is None:
+        name = given = digest.hexdigest()[:16]
+    else:
+        name, given = id_text(*found, where, label), id_text(*found, where, "")
+    return digest.digest(), _Found(name, given, found is None, prompt, answer, where, file, label, source)
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    wanted = {key.partition(".")[0] for key in (*PROMPT_KEYS, *ANSWER_KEYS, "id", "extra_info.index")}
-    try:
-        # A ParquetFile and not read_table, which would read columns out of folder names such as `split=train`.
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in wanted]
-            records = file.read(columns=columns).to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read as Parquet: {message} Write or download the file again.") from None
-    for number, record in enumerate(records, start=1):
-        yield f"{path}, row {number}", record
+def _column(role: Role, record: dict[str, Any], named: str | None, where: str, there: Sequence[str]) -> tuple[str, Any]:
+    found = find(role, record, named, where, there)
+    if found is None:
+        raise missing(role, where, there)
+    return found
 
 
-def _first(record: dict[str, Any], keys: Sequence[str]) -> tuple[str, Any] | None:
-    """The first of the (dotted) keys that is there and not null, with its value."""
-    for key in keys:
-        value: Any = record
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            return key, value
-    return None
+def _with_ids(rows: list[_Found], files: Sequence[Path]) -> list[Row]:
+    """The rows, in their order, with ids that tell all of them apart."""
+    names = [row.name for row in rows]
+    same: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        same.setdefault(name, []).append(place)
+    for places in same.values():
+        if len(places) > 1:
+            apart = _told_apart([rows[place] for place in places], files)
+            for place, name in zip(places, apart, strict=True):
+                names[place] = name
+    first: dict[str, str] = {}
+    for row, name in zip(rows, names, strict=True):
+        if name in first:
+            raise used_twice(name, row.where, first[name])
+        first[name] = row.where
+    return [Row(name, row.prompt, row.answer, row.where) for row, name in zip(rows, names, strict=True)]
 
 
-def _missing(where: str, what: str, keys: Sequence[str], record: dict[str, Any]) -> ValueError:
-    there = ", ".join(record) or "none"
-    return ValueError(
-        f"{where}: has no {what}: none of the keys {', '.join(keys)} has a value (keys of the row: {there}). "
-        f"Put the {what} under one of them, or take the row out."
+def _told_apart(group: Sequence[_Found], files: Sequence[Path]) -> list[str]:
+    """Different ids for different problems of one id: by the file, by the source, or by both."""
+    folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    ways: tuple[Callable[[_Found], str], ...] = (
+        lambda row: f"{row.label}{row.given}",
+        lambda row: f"{row.source}{row.given}",
+        lambda row: f"{row.file.absolute().relative_to(folder)}/{row.source}{row.given}",
     )
-
-
-def _text(value: Any, where: str, key: str, kinds: str) -> str:
-    """`value` if it is a non-blank text that can be tokenized."""
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} = {_brief(value)} is a {type(value).__name__}. Make it {kinds}.")
-    if not value.strip():
-        raise ValueError(f"{where}: {key} is empty. Fill it in, or take the row out.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: {key} holds half of a surrogate pair (\\ud800 to \\udfff). Repair it.") from None
-    return value
-
-
-def _prompt(record: dict[str, Any], where: str) -> str | tuple[Message, ...]:
-    found = _first(record, PROMPT_KEYS)
-    if found is None:
-        raise _missing(where, "prompt", PROMPT_KEYS, record)
-    key, value = found
-    kinds = "a text or a list of chat messages {role, content}"
-    if not isinstance(value, list):
-        return _text(value, where, key, kinds)
-    if not value:
-        raise ValueError(f"{where}: {key} is an empty list. Make it {kinds}, or take the row out.")
-    messages = []
-    for number, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise ValueError(f"{where}: {key}[{number}] = {_brief(message)} is not a message. Make {key} {kinds}.")
-        role = _text(message.get("role"), where, f"{key}[{number}].role", "a text such as 'user'")
-        content = _text(message.get("content"), where, f"{key}[{number}].content", "a text")
-        messages.append({"role": role, "content": content})
-    if all(message["role"] != "user" for message in messages):
-        raise ValueError(f"{where}: {key} has no message with the role 'user'. Put the problem into one.")
-    return tuple(messages)
-
-
-def _answer(record: dict[str, Any], where: str) -> str:
-    found = _first(record, ANSWER_KEYS)
-    if found is None:
-        raise _missing(where, "answer", ANSWER_KEYS, record)
-    key, value = found
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where}: {key} = {value} is not a number. Correct it, or take the row out.")
-        # Tables turn whole numbers into floats as soon as one row has none, and 1e-07 is no answer as people write it.
-        return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
-    text = _text(value, where, key, "a text or a number")
-    if "####" in text:
-        text = re.sub(r"(?<=\d),(?=\d{3})", "", text.rpartition("####")[2])
-        if not text.strip():
-            raise ValueError(f"{where}: {key} has nothing after its last ####. Put the final answer there.")
-    return text.strip()
-
-
-def _given_id(record: dict[str, Any], where: str, scope: str) -> str | None:
-    found = _first(record, ("id", "extra_info.index"))
-    if found is None:
-        return None
-    key, value = found
-    if not isinstance(value, int) or isinstance(value, bool):
-        value = _text(value, where, key, "a text or a whole number")
-    return f"{scope}{value}" if key == "extra_info.index" else str(value)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    for way in ways:
+        names = [way(row) for row in group]
+        if len(set(names)) == len(names):
+            return names
+    twice = Counter(names).most_common(1)[0][0]
+    other, row = [row for row, name in zip(group, names, strict=True) if name == twice][:2]
+    raise used_twice(row.given, row.where, other.where)

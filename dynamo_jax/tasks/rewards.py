@@ -21,6 +21,7 @@ from typing import Any, Protocol, get_args
 from dynamo_jax.config.choices import RewardKind, VerifierKind
 from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.tasks import arithmetic
+from dynamo_jax.tasks.grading.alternatives import alternatives
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.latex import normalise
@@ -131,14 +132,17 @@ class RewardGrader:
     answer that takes more than `timeout` seconds of CPU time, waits for too long, takes more than `memory_mb` or ends
     its worker in another way has the reward 0 and is `killed`; see `Pool` for the limits and for `killed_file`.
 
+    Of a reference that is a list (`alternatives`) the function is asked for each text, and the highest reward counts.
+    With `whole_golds` the user's function gets every reference as it stands.
+
     Raises `ValueError` if there is no such function.
     """
 
     def __init__(
         self, name: str, workers: int = 2, timeout: float = 5.0, memory_mb: int = 1024, *,
-        killed_file: str | Path | None = None,
+        killed_file: str | Path | None = None, whole_golds: bool = False,
     ) -> None:  # fmt: skip
-        self.name, self._pool = name, None
+        self.name, self._pool, self._whole_golds = name, None, whole_golds
         self._lock = threading.Lock()
         self._graded = 0
         if name in BUILT_IN:
@@ -164,7 +168,8 @@ class RewardGrader:
         function and the answer, and `RuntimeError` if workers cannot be started or the grader was closed.
         """
         if self._pool is None:
-            return [self._counted(BUILT_IN[self.name](output, gold)) for output, gold in pairs]
+            reward = BUILT_IN[self.name]
+            return [self._counted(max(reward(output, one) for one in alternatives(gold))) for output, gold in pairs]
         futures: list[Future[float]] = []
         try:
             for place, (output, gold) in enumerate(pairs, 1):
@@ -178,7 +183,8 @@ class RewardGrader:
 
     def unreadable(self, golds: Sequence[str]) -> list[str | None]:
         """Why a reference answer cannot be used, None for those that can."""
-        return [_gold_problem(self.name, gold) for gold in golds]
+        problems = ((_gold_problem(self.name, one) for one in alternatives(gold)) for gold in golds)
+        return [next(filter(None, each), None) for each in problems]
 
     def close(self) -> None:
         """End the workers, if there are any."""
@@ -191,14 +197,18 @@ class RewardGrader:
         return reward
 
     def _in_worker(self, pool: Pool, place: int, output: str, gold: str) -> float:
+        golds = (gold,) if self._whole_golds else alternatives(gold)
+        return self._counted(max(self._asked(pool, place, output, one) for one in golds))
+
+    def _asked(self, pool: Pool, place: int, output: str, gold: str) -> float:
         try:
             reply = pool.ask("reward", gold, output)
         except Killed:
-            return self._counted(0.0)
+            return 0.0
         except RefusedError as error:
             raise self._unknown(str(error)) from None
         if "reward" in reply:
-            return self._counted(reply["reward"])
+            return float(reply["reward"])
         name = f"task.reward.kind = {self.name!r}"
         where = f"for answer {place} of its batch (reference answer {gold[:80]!r}, response {output[:80]!r})"
         if "gave" in reply:

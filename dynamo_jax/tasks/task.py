@@ -15,6 +15,7 @@ import jax
 from dynamo_jax.config import Config
 from dynamo_jax.config.choices import VerifierKind
 from dynamo_jax.run.bucket import locations
+from dynamo_jax.run.start import READING, Start
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
 from dynamo_jax.tasks.grading.known_golds import known_problem
 from dynamo_jax.tasks.grading.verifier import Verifier
@@ -57,16 +58,16 @@ def build_tokenizer(config: Config, now: datetime | None = None) -> Tokenizer:
     )
 
 
-def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
+def build_verifier(config: Config, killed_file: Path | None = None, *, reading: int = READING) -> Grader:
     """The task's grader. Workers start with the first answer that needs one; those of a user's own reward, at once.
 
-    The newest answers that cost a worker its life are written to `killed_file`. Raises `ValueError` for a reward of the
-    user's own that cannot be loaded.
+    The newest answers that cost a worker its life are written to `killed_file`. Of references of `reading` 1 a reward
+    of the user's own gets lists as they stand. Raises `ValueError` for one that cannot be loaded.
     """
     if config.task.kind == "arithmetic":
         return ArithmeticVerifier()
     r = config.task.reward
-    base = _base_grader(config, killed_file)
+    base = _base_grader(config, killed_file, reading)
     if not (r.format_bonus or r.length_penalty):
         return base
     if r.length_limit <= r.length_free:
@@ -77,11 +78,13 @@ def build_verifier(config: Config, killed_file: Path | None = None) -> Grader:
     return Shaped(base, r.format_bonus, r.length_penalty, r.length_free, r.length_limit)
 
 
-def _base_grader(config: Config, killed_file: Path | None) -> Verifier | RewardGrader:
+def _base_grader(config: Config, killed_file: Path | None, reading: int = READING) -> Verifier | RewardGrader:
     r, v = config.task.reward, config.verifier
     limits: dict[str, Any] = {"workers": v.workers, "timeout": v.timeout, "memory_mb": v.memory_mb}
     if r.kind in get_args(VerifierKind):
         return Verifier(**limits, kind=cast(VerifierKind, r.kind), killed_file=killed_file)
+    if reading == 1:
+        limits["whole_golds"] = True
     return RewardGrader(r.kind, **limits, killed_file=killed_file)
 
 
@@ -96,37 +99,45 @@ def killed_answers(config: Config) -> Path:
     return places.checkpoints.parent / f"killed_answers.{index}.jsonl"
 
 
-def build_task(config: Config, now: datetime | None = None) -> Task:
-    """Read or make all that the config names. `now`: see `build_tokenizer`.
+def build_task(config: Config, start: Start | None = None) -> Task:
+    """Read or make all that the config names, as a run that `start` says how to make prompts by; None: one of today.
 
     Raises `ValueError` naming the file and the line of what is wrong with the data.
     """
+    now, reading = start or Start.today()
     tokenizer = build_tokenizer(config, now)
     if config.task.kind == "arithmetic":
         train, heldout = _arithmetic(config, tokenizer)
         return Task(tokenizer, train, (heldout,), build_verifier(config))
     held_out: list[Sequence[Row]] = []
-    evals = eval_prompts(config, tokenizer, (), held_out.append)
-    train = _read(config.task.train, tokenizer, config, partial(_warn_of_overlap, config, evals, held_out))
+    evals = eval_prompts(config, tokenizer, (), held_out.append, reading=reading)
+    train = _read(config.task.train, tokenizer, config, reading, partial(_warn_of_overlap, config, evals, held_out))
     for prompts in evals:
         if prompts.dropped:
             log.warning(
                 "%s: its scores count the %d left out as wrong. Raise task.max_prompt_tokens, or take them out of the "
                 "file.", prompts.name, prompts.dropped,
             )  # fmt: skip
-    return Task(tokenizer, train, evals, build_verifier(config, killed_answers(config)))
+    return Task(tokenizer, train, evals, build_verifier(config, killed_answers(config), reading=reading))
 
 
 def eval_prompts(
-    config: Config, tokenizer: Tokenizer, files: Sequence[str], look: Callable[[Sequence[Row]], None] | None = None
+    config: Config,
+    tokenizer: Tokenizer,
+    files: Sequence[str],
+    look: Callable[[Sequence[Row]], None] | None = None,
+    *,
+    reading: int = READING,
 ) -> tuple[PromptSet, ...]:
     """A prompt set for each of `files`; without files, the config's held-out prompts. `look` sees each file's rows.
+
+    `reading` is how data files are read (`read.read_rows`).
 
     Raises `ValueError` naming the file and the line of what is wrong, or two files that would share a name.
     """
     if not files and config.task.kind == "arithmetic":
         return (_arithmetic(config, tokenizer)[1],)
-    prompt_sets = tuple(_read([path], tokenizer, config, look) for path in files or config.task.eval)
+    prompt_sets = tuple(_read([path], tokenizer, config, reading, look) for path in files or config.task.eval)
     names = [prompts.name for prompts in prompt_sets]
     for name in names:
         if names.count(name) > 1:
@@ -189,6 +200,7 @@ def _read(
     paths: Sequence[str],
     tokenizer: Tokenizer,
     config: Config,
+    reading: int,
     look: Callable[[Sequence[Row]], None] | None = None,
 ) -> PromptSet:
     t, check_rows = config.task, check_golds(config)
@@ -206,4 +218,6 @@ def _read(
         system_prompt=t.system_prompt,
         instruction=t.instruction,
         check=check,
+        columns=t.columns,
+        reading=reading,
     )

@@ -1,5 +1,6 @@
 """Rendering, filtering, batching and resuming prompts."""
 
+import gzip
 import json
 import logging
 import random
@@ -93,9 +94,10 @@ def test_verl_indices_of_several_files_do_not_collide(tmp_path):
     paths = []
     for name in ("gsm8k", "math"):
         (tmp_path / name).mkdir()
-        paths.append(write_jsonl(tmp_path / name / "train.jsonl", verl_record(0), verl_record(1)))
+        records = [verl_record(i) | {"prompt": f"{name} {i}"} for i in range(2)]
+        paths.append(write_jsonl(tmp_path / name / "train.jsonl", *records))
     assert [r.id for r in read_rows(paths)] == ["gsm8k/train/0", "gsm8k/train/1", "math/train/0", "math/train/1"]
-    assert load(paths, chat_template=True).name == "train+train"
+    assert load(paths).name == "train+train"
 
 
 def test_rendering(tmp_path):
@@ -106,6 +108,31 @@ def test_rendering(tmp_path):
     assert both.prompts[0].text == "<system>S<user>2+3? Go.<assistant>"
     with pytest.raises(ValueError, match=r"task\.system_prompt = 'S' needs a chat template"):
         load(path, system_prompt="S")
+
+
+def test_an_empty_system_message_is_kept(tmp_path):
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "2+3?"}]
+    for name, prompt in (("list", messages), ("json", json.dumps(messages)), ("python", str(messages))):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", {"prompt": prompt, "answer": "5"})
+        assert load(path, chat_template=True, system_prompt="S").prompts[0].text == "<system><user>2+3?<assistant>"
+        with pytest.raises(ValueError, match=r"line 1: the prompt is a list of chat messages"):
+            load(path)
+
+
+def test_sets_of_folders_and_globs_have_names(tmp_path):
+    (tmp_path / "bench").mkdir()
+    with gzip.open(tmp_path / "bench" / "aime24.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"Problem": "2+3?", "Answer": 5}) + "\n")
+    for path, name in (("bench/aime24.jsonl.gz", "aime24"), ("bench", "bench"), ("bench/aime*.gz", "aime")):
+        assert load(tmp_path / path).name == name
+
+
+def test_rows_that_stand_twice_are_one_prompt(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "x.jsonl", *[{"problem": "2+3?", "answer": "5"}, {"problem": "p", "answer": "5"}] * 3)
+    prompts = load(path)
+    assert [p.text for p in prompts.prompts] == ["2+3?", "p"]
+    assert caplog.messages == ["x: 4 of 6 rows repeat the problem and the answer of another one and were left out"]
+    assert len(load(path, reading=1)) == 6
 
 
 def test_instruction_follows_the_last_user_message(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dynamo_jax.config import Config, PolicyConfig, load_config
+from dynamo_jax.run.start import Start
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve
 from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.read import Row
@@ -115,7 +116,7 @@ def test_math(tmp_path, math_task):
 def test_problems_that_are_trained_on_and_held_out_are_told_of(tmp_path, math_task, caplog):
     write(tmp_path / "b.jsonl", ("What is 2+2?", "4"), ("5+5=?", "10"))
     row = {"id": "another", "prompt": [{"role": "user", "content": " What  is\n2+2?"}], "answer": "5"}
-    (tmp_path / "y.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "and another"}) + "\n")
+    (tmp_path / "y.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "again", "answer": "4"}) + "\n")
     build_task(load(tmp_path, **math_task))
     (said,) = (text for text in caplog.messages if "training data" in text)
     assert said.startswith("y: 2 of 2 held-out problems are in the training data, too")
@@ -142,6 +143,38 @@ def test_held_out_problems_that_are_too_long_are_told_of(tmp_path, math_task, ca
     assert [prompts.dropped for prompts in (task.train, *task.evals)] == [1, 0, 1]
     (said,) = (text for text in caplog.messages if "as wrong" in text)
     assert said.startswith("y: its scores count the 1 left out as wrong")
+
+
+@pytest.mark.shared
+def test_files_are_read_as_they_were_for_a_run_that_was_started_then(tmp_path, math_task, caplog):
+    """The numbers are those of the version before."""
+    write(tmp_path / "b.jsonl", ("2+2=?", '["4", "four"]'), ("3+2=?", '["5"]'))
+    (tmp_path / "y.jsonl").write_text('{"problem": "1+3=?", "answer": "4"}\n' * 2)
+    config = load(tmp_path, **math_task, reward={"kind": "math"})
+    old = build_task(config, Start(datetime.now(), reading=1))
+    assert [p.answer for p in old.train.prompts] == ["2", '["4", "four"]', '["5"]']
+    assert old.fingerprints == [
+        "32131e6dc89ec8a2cca9107e86ccb498d31f1fc8c818b7577ee7d4aa55791184",
+        "6d069dd60a34c6e7f73f7b927bcfdafa21ba54af65ae842d7c54de1b13dc3cf8",
+        "76b15eb953ed4c280a0abd98fba724db9e283c2e87e6ed4cb5ea0873b0f88819",
+    ]
+    assert not caplog.messages
+    new = build_task(config)
+    assert [p.answer for p in new.train.prompts] == ["2", '["4", "four"]', "5"]
+    assert [len(prompts) for prompts in (*old.evals, *new.evals)] == [1, 2, 1, 1]
+    assert eval_prompts(config, old.tokenizer, (), reading=1) == old.evals
+    for task in (old, new):
+        with contextlib.closing(task.verifier):
+            assert task.verifier.grade_batch([("\\boxed{4}", '["4", "four"]')]) == [True]
+
+
+def test_a_reward_of_the_users_own_gets_old_references_as_they_stand(tmp_path, monkeypatch):
+    (tmp_path / "whole.py").write_text("def f(output, gold): return len(gold)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load(tmp_path, kind="math", train=["x.jsonl"], tokenizer="folder", reward={"kind": "whole:f"})
+    for reading, rewards in ((1, [11, 7]), (2, [2, 3])):
+        with contextlib.closing(build_verifier(config, reading=reading)) as verifier:
+            assert verifier.grade_batch([("x", '["1", "22"]'), ("x", '["123"]')]) == rewards
 
 
 @pytest.mark.shared
@@ -189,7 +222,7 @@ def test_the_whole_task_has_the_date_of_the_runs_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr("dynamo_jax.tasks.task.build_tokenizer", build)
     with pytest.raises(Seen, match="2026-11-27"):
-        build_task(load(tmp_path, arithmetic=SMALL), now=datetime(2026, 11, 27))
+        build_task(load(tmp_path, arithmetic=SMALL), Start(datetime(2026, 11, 27)))
 
 
 def test_the_verifier_gets_its_limits_from_the_config(tmp_path, monkeypatch):

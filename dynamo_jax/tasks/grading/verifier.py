@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dynamo_jax.config.choices import VerifierKind
+from dynamo_jax.tasks.grading.alternatives import alternatives
 from dynamo_jax.tasks.grading.answers import cache_key, check_gold, compare, readable
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.pool import Killed, Pool
@@ -66,48 +67,67 @@ class Verifier:
     def grade_batch(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """For each (response, reference answer) whether it is right, in order.
 
+        A response is right if it is right by any of the texts of a reference that is a list (`alternatives`).
+
         Raises `RuntimeError` if workers cannot be started or the verifier was closed.
         """
-        results: list[bool | Future[bool]] = []
+        results: list[bool | list[Future[bool]]] = []
         pending: dict[tuple[str, str, str], Future[bool]] = {}
         try:
             for output, gold in pairs:
                 results.append(self._judge(output, gold, pending))
             with self._lock:
                 self._counts["graded"] += len(results)
-            return [r.result() if isinstance(r, Future) else r for r in results]
+            return [r if isinstance(r, bool) else any(future.result() for future in r) for r in results]
         except CancelledError as error:
             raise RuntimeError("this Verifier was closed while it graded") from error
         finally:
             for future in pending.values():
                 future.cancel()  # after an error: do not go on with what nobody waits for
 
-    def _judge(self, output: str, gold: str, pending: dict[tuple[str, str, str], Future[bool]]) -> bool | Future[bool]:
-        """At once where the exact path can tell, else what a worker will say; `pending` holds what was asked."""
-        if self.kind == "math_verify_compat":
-            return self._later((self.kind, gold, output), output, pending)
-        answer = extract(output)
+    def _judge(
+        self, output: str, gold: str, pending: dict[tuple[str, str, str], Future[bool]]
+    ) -> bool | list[Future[bool]]:
+        """At once where the exact path can tell, else what workers will say; `pending` holds what was asked."""
+        answer = output if self.kind == "math_verify_compat" else extract(output)
         if answer is None:
             with self._lock:
                 self._counts["no_answer"] += 1
             return False
+        asked: list[Future[bool]] = []
+        for one in alternatives(gold):
+            verdict = self._verdict(one, answer, pending)
+            if verdict is True:
+                return True
+            if isinstance(verdict, Future):
+                asked.append(verdict)
+        return asked or False
+
+    def _verdict(
+        self, gold: str, answer: str, pending: dict[tuple[str, str, str], Future[bool]]
+    ) -> bool | Future[bool]:
+        if self.kind == "math_verify_compat":
+            return self._later((self.kind, gold, answer), answer, pending)
         verdict = compare(gold, answer)
         return verdict if verdict is not None else self._later((self.kind, *cache_key(gold, answer)), answer, pending)
 
     def unreadable(self, golds: Sequence[str]) -> list[str | None]:
-        """For each reference answer why no response could ever equal it; None where all is well.
+        """For each reference answer why no response could ever equal it, or one of its alternatives; else None.
 
         Formulas that the exact path does not read are parsed in the workers.
         """
-        reasons: list[str | None] = [check_gold(gold) for gold in golds]
+        parts = [alternatives(gold) for gold in golds]
+        reasons: list[str | None] = [next(filter(None, map(check_gold, part)), None) for part in parts]
         pending: dict[tuple[str, str, str], Future[bool]] = {}
-        waiting = {}
-        for index, gold in enumerate(golds):
-            if reasons[index] is None and self.kind == "math" and not readable(gold):
-                waiting[index] = self._later(("parse", gold, ""), "", pending)
-        for index, reply in waiting.items():
+        waiting = []
+        for index, part in enumerate(parts):
+            if reasons[index] is None and self.kind == "math":
+                waiting += [
+                    (index, one, self._later(("parse", one, ""), "", pending)) for one in part if not readable(one)
+                ]
+        for index, one, reply in waiting:
             if not (reply.result() if isinstance(reply, Future) else reply):
-                reasons[index] = f"the reference answer {golds[index][:80]!r} is no formula that the grader can read"
+                reasons[index] = f"the reference answer {one[:80]!r} is no formula that the grader can read"
         return reasons
 
     def _later(
