@@ -76,9 +76,11 @@ _FUNCTION = re.compile(
     r"(arc(?:sin|cos|tan)|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|sqrt|pi|infty|infinity"
     r"|(?:exp|max|min|gcd|lcm|floor|ceil)(?=\s*\())(?![a-zA-Z])"
 )
+_NATURAL = re.compile(r"\\log\s*_\s*(?:\{\s*e\s*\}|e)")
 _PERCENT = re.compile(r'"?\s*(?<![a-zA-Z])(?:percent|per cent)(?![a-zA-Z])\s*"?')
 _WITH_ARGUMENTS = re.compile(r"(\\(?:frac|binom|sqrt)(?![a-zA-Z])|\^)\s*(?:\[[^\[\]]*\])?")
 _ARGUMENT = re.compile(r"\s*([{(\da-zA-Z]|\\(?!frac|binom|sqrt)[a-zA-Z]+)")
+_FUNCTIONS_IN_TEXT = frozenset("pi ln log sin cos tan cot arcsin arccos arctan sinh cosh tanh".split())
 _DIGITS = re.compile(r"\d+")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _WORD_NUMBERS = (
@@ -96,6 +98,8 @@ def normalise(text: str) -> str:
     text = _COLOUR.sub("", text).replace("\\\\", "\\cr ")
     text = _THIN.sub("", _SIZES.sub("", text))
     text = re.sub(r"\\[()\[\]]|\\?\$", " ", _SPACES.sub(" ", text))
+    if "  " in text:  # what follows looks past spaces more than once
+        text = " ".join(text.split())
     text = text.replace("\\%", "%").replace("\\_", "_").replace("\\&", "&").replace('"', "").replace("{,}", ",")
     text = _PRIME.sub("'", text)
     text = _HAT.sub(r"\1\2", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
@@ -109,6 +113,7 @@ def normalise(text: str) -> str:
     text = _quote_text(text)
     text = _PERCENT.sub("%", text)
     text = _FUNCTION.sub(lambda m: f"\\{'infty' if m.group(1) == 'infinity' else m.group(1)} ", text)
+    text = _NATURAL.sub(r"\\ln ", text)
     text = text.strip(" *`").replace("**", "^").replace("*", "\\cdot ")
     text = _braced_arguments(_BASED.sub(r"\1", text))
     text = re.sub(r"(?<=\d) ?x ?(?=10\^)", r"\\cdot ", text)
@@ -161,6 +166,8 @@ def _unicode(text: str) -> str:
             mode = raised
         if char in _SYMBOLS:
             out.append(_SYMBOLS[char])
+        elif kind.startswith(("<circle>", "<compat>")) and unicodedata.category(char) == "No":
+            out.append(char)  # a circled digit numbers an item
         elif kind.startswith("<fraction>"):
             top, _, bottom = unicodedata.normalize("NFKC", char).partition("\u2044")
             out.append(f"\\frac{{{top}}}{{{bottom or 1}}}")
@@ -185,6 +192,7 @@ def _quote_text(text: str) -> str:
         if content is not None:
             letters = content.strip(" ().:")
             plain = depth > 0 or (len(letters) < 2 and letters in "ABCDEFeid") or any(c.isdigit() for c in content)
+            plain = plain or letters in _FUNCTIONS_IN_TEXT
             out.append(f" {content.strip() if depth else content} " if plain else f' "{content.strip()}" ')
         elif not token.startswith("\\text"):
             depth += {"{": 1, "}": -1}.get(token, 0)
