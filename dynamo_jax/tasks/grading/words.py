@@ -8,6 +8,7 @@ import re
 
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 from dynamo_jax.tasks.grading.latex import key
+from dynamo_jax.tasks.grading.numerals import NUMBER_WORDS, PART_WORDS, SCALE_WORDS
 
 _LEADING = set(
     "the final answer answers is are thus so hence therefore value of equals equal to approximately approx about "
@@ -21,7 +22,7 @@ _SYNONYMS = dict.fromkeys(
 ) | {"dne": "does not exist"}
 _QUOTED = re.compile(r'"([^"]*)"')
 _JOINING = re.compile(r'"?\s*(?<![A-Za-z\\])(?:,\s*)?(?:and|or|and/or)(?![A-Za-z])\s*"?')
-_LEADING_WORDS = re.compile(r'("?)\s*([^\W\d_]+(?:[\s,]+[^\W\d_]+)*)\s*[:,]?\s*+("?)\s*+(?![\^_(=])')
+_LEADING_WORDS = re.compile(r'("?)\s*([^\W\d_]++(?:[\s,]+[^\W\d_]++)*)\s*[:,]?\s*+("?+)\s*+(?![\^_(=])')
 _CHOICE = re.compile(r'"?(?:(?i:option|choice|answer)\b\s*:?\s*"?)?\s*\(?\s*([A-Z])\s*\)?\s*[.:]?\s*"?')
 _LABELLED_CHOICE = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[.:)])\s")
 _UNIT = (
@@ -31,8 +32,28 @@ _UNIT = (
     r"km/h|USD|EUR|dB|\\Omega|ohms?|amu|AU|pc|Mpc|kpc|nC|mC|[mgsNJWKVACLTF])"
 )
 _UNITS = re.compile(rf"(?P<value>.*[\d}})!])\s*(?P<units>{_UNIT}(?:[\s/\\cdot]*(?:\^\s*\{{?-?\d\}}?)?\s*{_UNIT})*\s*"
-                    r"(?:\^\s*\{?-?\d\}?)?)", re.DOTALL)  # fmt: skip
-_BOUND = re.compile(r"\b(?:most|least|more|less|fewer|greater|above|below|over|under|not|than|or)\b", re.IGNORECASE)
+                    r"(?:\^\s*\{?-?\d\}?|\b(?:squared|cubed))?)", re.DOTALL)  # fmt: skip
+# Words after a value that bound it, make another value of it, deny or doubt it, wherever they stand ...
+CHANGING_WORDS = (
+    r"most|least|more|less|fewer|greater|above|below|over|under|upwards?|onwards?|than|or|not|never|nor|neither|cannot"
+    r"|\w+n['\u2019]t|except|unless|maybe|perhaps|possibly|probably|unsure|plus|minus|divided|multiplied|subtracted"
+    rf"|factorial|mod|modulo|out\s+of\s+one|{SCALE_WORDS}|[a-z]+illions?|millionen|millones|milliard(?:s|en)?"
+)
+# ... and those that do so only right after it: `5 "root two"`, but `5 "real roots"`.
+_FIRST_WORDS = (
+    r"squared|cubed|(?:(?:square|cube)\s+)?root|choose|point|power|exponent|no|wait|one|\\?pi|inverse|inverted|reciprocal"
+    r"|to(?!\s+(?:the\s+nearest|one\s+(?:decimal|significant)))|times(?=\s*\"\s*\S|\s[b-z]\b)"
+    rf"|doubled|tripled|halved|negated|raised|taken|increased|decreased|reduced|{PART_WORDS}"
+)
+_WRONG = r"(?:wrong|incorrect|false|invalid|impossible|untrue|mistaken|erroneous|extraneous|excluded|rejected|guess)"
+_CHANGING = re.compile(
+    rf"\b(?:{CHANGING_WORDS}|(?:{NUMBER_WORDS})(?!-)|{_WRONG}(?=\W*$)"
+    r"|(?:gross|score|grand|mill?|mio|tens|square|cube)(?=\s*(?:\"|$|of\b))"
+    rf"|(?:is|are|was|were|be)\b[^\"]{{0,60}}\b(?:{_WRONG}|mistake|error|too))\b"
+    r"|[\u2717\u2718\u2716\u274c\u4e0d\u9519]",  # crosses; Chinese for "not" and "wrong"
+    re.IGNORECASE,
+)
+_CHANGING_FIRST = re.compile(rf'[\s"(:]*(?:{_FIRST_WORDS})(?![a-z-])', re.IGNORECASE)
 # "..., k \\in \\mathbb{Z}" after a value that has the letter says what it stands for, and is no second value.
 _DOMAIN = re.compile(
     r"(?<=.)(?:,|;)\s*\"?(?:where|for|with)?\"?\s*([a-zA-Z])\s*\\in\s*\\mathbb\s*\{?[ZNQRC]\}?(?:\^[*+])?\s*$"
@@ -92,7 +113,8 @@ def without_words(text: str) -> str:
 def _without_leading_words(text: str) -> str:
     leading = _LEADING_WORDS.match(text)
     if leading and leading.end() < len(text) and set(leading.group(2).lower().replace(",", " ").split()) <= _LEADING:
-        text = text[leading.end() :].strip()
+        inside = leading.group(1) != leading.group(3)  # of quotes, which the rest then needs anew
+        text = ('"' if inside else "") + text[leading.end() :].strip()
     return text
 
 
@@ -110,13 +132,7 @@ def without_remark(text: str) -> str:
     text = re.sub(r'"\s*\^\s*(?:\{[^{}]*\}|\w)', '"', text)  # the power of a unit
     start = text.find('"')
     head, tail = text[:start].rstrip(" /"), text[start:]
-    if (
-        start <= 0
-        or _BOUND.search(tail)
-        or any(c.isdigit() for c in tail)
-        or not head
-        or head.endswith(("=", "\\cdot"))
-    ):
+    if start <= 0 or changes(tail) or any(c.isdigit() for c in tail) or not head or head.endswith(("=", "\\cdot")):
         return text.removeprefix('"').removesuffix('"') if key(text).count('"') == 2 and " " not in text else text
     return head
 
@@ -124,4 +140,9 @@ def without_remark(text: str) -> str:
 def without_units(text: str, words_only: bool = False) -> str:
     """A number without the bare units or words that follow it: `3 m/s`, `12 ways`; `words_only`: not without the m."""
     match = (None if words_only else _UNITS.fullmatch(text)) or _REMARK.fullmatch(text)
-    return match.group("value").strip() if match and not _BOUND.search(text) else text
+    return match["value"].strip() if match and not changes(text[match.end("value") :]) else text
+
+
+def changes(words: str) -> bool:
+    """Do the words after a value make another value of it, bound, deny or doubt it?"""
+    return _CHANGING.search(words) is not None or _CHANGING_FIRST.match(words) is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_jax.tasks.grading.answers import compare, judge
+from dynamo_jax.tasks.grading.answers import compare, judge, readable
 from dynamo_jax.tasks.grading.latex import normalise
 from dynamo_jax.tasks.grading.verifier import Verifier
 
@@ -29,6 +29,11 @@ def test_verdict(gold: str, verdict: str, answer: str, verdicts: dict[tuple[str,
     right = verdict == "=="
     assert verdicts[gold, answer] is right
     assert judge(f"\\boxed{{{answer}}}", gold) in (right, None)  # the exact path alone says the same or nothing
+
+
+@pytest.mark.parametrize("gold", ["5\\text{ million}", "five million"])
+def test_such_references_can_be_read(gold: str) -> None:
+    assert readable(gold)
 
 
 HOSTILE = [
