@@ -23,6 +23,9 @@ _SYNONYMS = dict.fromkeys(
 _QUOTED = re.compile(r'"([^"]*)"')
 _JOINING = re.compile(r'"?\s*(?<![A-Za-z\\])(?:,\s*)?(?:and|or|and/or)(?![A-Za-z])\s*"?')
 _LEADING_WORDS = re.compile(r'("?)\s*([^\W\d_]++(?:[\s,]+[^\W\d_]++)*)\s*[:,]?\s*+("?+)\s*+(?![\^_(=])')
+_NAMING = re.compile(
+    r'"\s?([A-Za-z][^"]*?)\s?(?:(?::|(?<=\s)(?:is|are|equals))\s?"|"\s?:)(?=\s*[^\s="])', re.IGNORECASE
+)
 _CHOICE = re.compile(r'"?(?:(?i:option|choice|answer)\b\s*:?\s*"?)?\s*\(?\s*([A-Z])\s*\)?\s*[.:]?\s*"?')
 _LABELLED_CHOICE = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[.:)])\s")
 _UNIT = (
@@ -54,6 +57,19 @@ _CHANGING = re.compile(
     re.IGNORECASE,
 )
 _CHANGING_FIRST = re.compile(rf'[\s"(:]*(?:{_FIRST_WORDS})(?![a-z-])', re.IGNORECASE)
+# Words in a name that make it the name of another value: `"half of it" is 12`.
+_OTHER_VALUE = re.compile(
+    rf"\b(?:{CHANGING_WORDS}|{NUMBER_WORDS}|{PART_WORDS}|{_WRONG}|no|twice|thrice|doubled?|tripled?|squared?|cubed?"
+    r"|roots?|reciprocal|inverse|negative|opposite|if|when|without)\b",
+    re.IGNORECASE,
+)
+_QUANTIFIER = re.compile(
+    r'"?\s?(?:\\forall|(?:for )?(?:all|every|any|each))?\s?(?P<domain>(?:(?:positive|natural|real) )?'
+    r'(?:integers?|reals?|numbers?|values)?(?: of)?)\s?"?\s(?=[^"]*$)',
+    re.IGNORECASE,
+)
+_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
+_NAMED = re.compile(r'"[^"]*"\s?=')
 # "..., k \\in \\mathbb{Z}" after a value that has the letter says what it stands for, and is no second value.
 _DOMAIN = re.compile(
     r"(?<=.)(?:,|;)\s*\"?(?:where|for|with)?\"?\s*([a-zA-Z])\s*\\in\s*\\mathbb\s*\{?[ZNQRC]\}?(?:\^[*+])?\s*$"
@@ -94,7 +110,7 @@ def without_words(text: str) -> str:
     "and", "or" and commas inside text separate the members of a list. Words that could change the meaning ("less
     than", or anything followed by another number) stay, and the answer then equals no number.
     """
-    text = _without_leading_words(text)
+    text = _without_leading_words(_without_naming(text))
     domain = _DOMAIN.search(text)
     text = text[: domain.start()].strip() if domain and domain.group(1) in text[: domain.start()] else text
     text = _QUOTED.sub(lambda m: "," if "," in m.group(1) else m.group(0), text)
@@ -118,6 +134,35 @@ def _without_leading_words(text: str) -> str:
     return text
 
 
+def _without_naming(text: str) -> str:
+    """`"Area:" 12` without the name; words that name another value of it stay: `"half of it is" 12`."""
+    named = _NAMING.match(text) if text.startswith('"') else None
+    return text[named.end() :].strip() if named and not _OTHER_VALUE.search(named.group(1)) else text
+
+
+def without_quantifier(gold: str, answer: str) -> tuple[str, str]:
+    """`"all integers" k \\ge 2` as `k \\ge 2`, in both; not where one is about whole numbers, one is not.
+
+    An inequality alone may be about either; an interval is about real numbers.
+    """
+    (gold_domain, plain_gold), (answer_domain, plain_answer) = _quantified(gold), _quantified(answer)
+    domains = {gold_domain, answer_domain}
+    related = _RELATION.search(plain_gold) and _RELATION.search(plain_answer)
+    if len(domains) == 1 or ("" in domains and ("real" in domains or related)):
+        return plain_gold, plain_answer
+    return gold, answer
+
+
+def _quantified(text: str) -> tuple[str, str]:
+    """What kind of numbers a text says that it is about, "" if it doesn't, and the inequality alone."""
+    quantifier = _QUANTIFIER.match(text)
+    rest = text[quantifier.end() :] if quantifier else ""
+    if quantifier is None or not quantifier.group(0).strip(' "') or not _RELATION.search(rest):
+        return "", text
+    domain = quantifier["domain"].lower()
+    return " ".join(kind for kind in ("positive", "natural", "real", "integer") if kind in domain), rest
+
+
 def _plausible(value: str, rounded: str) -> bool:
     """Not 42 \\approx 43: two numbers within a hundredth of each other, or no numbers at all."""
     try:
@@ -131,6 +176,9 @@ def without_remark(text: str) -> str:
     """One value without the text that follows it: a unit, "for all x", "miles from A"."""
     text = re.sub(r'"\s*\^\s*(?:\{[^{}]*\}|\w)', '"', text)  # the power of a unit
     start = text.find('"')
+    if start == 0:  # a name in words before `=`
+        named = _NAMED.match(text)
+        start = text.find('"', named.end()) if named else 0
     head, tail = text[:start].rstrip(" /"), text[start:]
     if start <= 0 or changes(tail) or any(c.isdigit() for c in tail) or not head or head.endswith(("=", "\\cdot")):
         return text.removeprefix('"').removesuffix('"') if key(text).count('"') == 2 and " " not in text else text
