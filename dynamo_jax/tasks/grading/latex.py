@@ -89,6 +89,7 @@ _WITH_ARGUMENTS = re.compile(r"(\\(?:frac|binom|sqrt)(?![a-zA-Z])|\^)\s*(?:\[[^\
 _ARGUMENT = re.compile(r"\s*([{(\da-zA-Z]|\\(?!frac|binom|sqrt)[a-zA-Z]+)")
 _SYMBOLS_IN_TEXT = "ABCDEFabdeinpqrwxyz"  # other single letters in text are units
 _FUNCTIONS_IN_TEXT = frozenset("pi ln log sin cos tan cot arcsin arccos arctan sinh cosh tanh".split())
+_LETTERS = re.compile(r"[a-zA-Z]")
 _DIGITS = re.compile(r"\d+")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
@@ -180,7 +181,7 @@ def _quote_text(text: str) -> str:
         if content is not None:
             letters = content.strip(" ().:")
             plain = depth > 0 or (len(letters) < 2 and letters in _SYMBOLS_IN_TEXT) or any(c.isdigit() for c in content)
-            plain = plain or letters in _FUNCTIONS_IN_TEXT
+            plain = plain or letters in _FUNCTIONS_IN_TEXT or (content.isascii() and not _LETTERS.search(content))
             out.append(f" {content.strip() if depth else content} " if plain else f' "{content.strip()}" ')
         elif not token.startswith("\\text"):
             depth += {"{": 1, "}": -1}.get(token, 0)

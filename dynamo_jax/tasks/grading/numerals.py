@@ -9,6 +9,9 @@ Works on normalised text (see `latex.py`), in linear time.
 from __future__ import annotations
 
 import re
+from fractions import Fraction
+
+from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 
 _ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -53,13 +56,11 @@ _BASE = re.compile(
     r"(?:\^(?:\w|\{\w+\}))?)$"
 )
 _SIMPLE = re.compile(r"\d+|[a-zA-Z]")
-_NAMED_AFTER = re.compile(
-    r'(?<![\d.,])(?P<number>\d{1,15}(?:,\d{3}){0,5}) ?(?P<quote>"?) ?\( ?"? ?(?P<words>[A-Za-z][A-Za-z -]*) ?"? ?\)'
-    r'(?P<close> ?"?)'
-)
-_NAMED_BEFORE = re.compile(
-    r'(?:^|(?<==))\s?"? ?(?P<words>[A-Za-z][A-Za-z -]*) ?"? ?\( ?(?P<number>\d{1,15}(?:,\d{3}){0,5}) ?\)(?=$|[ ".,;=])'
-)
+_NUMBER = r"(?P<number>\d{1,15}(?:,\d{3}){0,5}(?:\.\d{1,15})?|\\frac\{\d{1,9}\}\{\d{1,9}\})"
+_WORDS = r'"? ?(?P<words>[A-Za-z][A-Za-z -]{2,}) ?"?'
+_NAMED_AFTER = re.compile(rf'(?<![\d.,])(?P<sign>-?) ?{_NUMBER} ?(?P<quote>"?) ?\( ?{_WORDS} ?\)(?P<close> ?"?)')
+_NAMED_BEFORE = re.compile(rf'(?:^|(?<==)) ?{_WORDS} ?\( ?{_NUMBER} ?\)(?=$|[ ".,;=])')
+_ALONE = re.compile(r'((?:^|[=,(]) ?\(|^|[=,]) ?"? ?([A-Za-z][A-Za-z -]{2,}) ?"? ?(?=[=,)]|$)')
 MAX_WORDS = 120  # characters of a number in words
 
 
@@ -69,6 +70,8 @@ def spell_out(text: str) -> str:
     if "(" in text:
         text = _NAMED_AFTER.sub(_named_after, text)
         text = _NAMED_BEFORE.sub(_named_before, text)
+    if "(" in text or "=" in text or "," in text:
+        text = _ALONE.sub(_alone, text)
     if "and " in text:
         text = _MIXED.sub(_mixed, text)
     return _raised(_SCALE.sub(_scaled, text))
@@ -121,10 +124,9 @@ def _leading(text: str) -> str:
     """`five million dollars` with digits; `five dollars` stays, since words may be the answer."""
     if len(text) > MAX_WORDS or not (text[:1].isalpha() or text[:1] == '"'):
         return text
-    plain = " ".join(text.replace('"', " ").split())
-    if not all(part.isalpha() and part.isascii() for part in plain.replace("-", " ").split()):
+    words = text.replace('"', " ").replace("-", " ").split()
+    if not words or not all(word.isascii() and word.isalpha() for word in words):
         return text
-    words = plain.replace("-", " ").split()
     low = [word.lower() for word in words]
     if low == ["half"]:
         return "\\frac{1}{2}"
@@ -132,6 +134,8 @@ def _leading(text: str) -> str:
         return f'\\frac{{1}}{{2}} "{" ".join(words[2:])}"'
     if low[0] in ("a", "an") and (_scales(low[1:2]) or (low[1:2] and low[1] in _DENOMINATORS)):
         low[0] = "one"
+    if low[0] in ("minus", "negative") and (number := word_number(" ".join(low[1:]))):
+        return f"-{number}"
     value, used = _number(low)
     if not used or used == len(words):
         return str(value) if used else text
@@ -216,12 +220,28 @@ def _raised(text: str) -> str:
 
 def _named_after(match: re.Match[str]) -> str:
     """`7 (seven)`."""
-    if word_number(match["words"]) != int(match["number"].replace(",", "")):
+    words = match["words"]
+    if match["sign"]:
+        words = re.sub(r"^(?:minus|negative) ", "", words)
+    if _worth(words) != _worth(match["number"]):
         return match[0]
-    return match["number"] + _reopened(match)
+    return match["sign"] + match["number"] + _reopened(match)
 
 
 def _named_before(match: re.Match[str]) -> str:
     """`seven (7)`."""
-    same = word_number(match["words"]) == int(match["number"].replace(",", ""))
-    return match["number"] if same else match[0]
+    return match["number"] if _worth(match["words"]) == _worth(match["number"]) else match[0]
+
+
+def _alone(match: re.Match[str]) -> str:
+    """`seven` in `(seven, eight)` and `x = seven`: elsewhere than alone, words would be taken for a name."""
+    number = word_number(match[2])
+    return match[0] if number is None else f"{match[1]} {number} "  # "2, 500" is no thousand
+
+
+def _worth(text: str) -> Fraction | None:
+    """The value of a number in words or digits; None for other words."""
+    try:
+        return evaluate(spell_out(text.replace(",", "")))
+    except NotRationalError:
+        return None

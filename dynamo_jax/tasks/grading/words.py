@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
-from dynamo_jax.tasks.grading.latex import key
+from dynamo_jax.tasks.grading.latex import GREEK, key
 from dynamo_jax.tasks.grading.numerals import NUMBER_WORDS, PART_WORDS, SCALE_WORDS
 
 _LEADING = set(
@@ -38,20 +38,31 @@ _UNITS = re.compile(rf"(?P<value>.*[\d}})!])\s*(?P<units>{_UNIT}(?:[\s/\\cdot]*(
                     r"(?:\^\s*\{?-?\d\}?|\b(?:squared|cubed))?)", re.DOTALL)  # fmt: skip
 # Words after a value that bound it, make another value of it, deny or doubt it, wherever they stand ...
 CHANGING_WORDS = (
-    r"most|least|more|less|fewer|greater|above|below|over|under|upwards?|onwards?|than|or|not|never|nor|neither|cannot"
-    r"|\w+n['\u2019]t|except|unless|maybe|perhaps|possibly|probably|unsure|plus|minus|divided|multiplied|subtracted"
-    rf"|factorial|mod|modulo|out\s+of\s+one|{SCALE_WORDS}|[a-z]+illions?|millionen|millones|milliard(?:s|en)?"
+    r"most|least|more|less|fewer|greater|above|below|over|under|upwards?|onwards?|up\s+to|than|or|not|nope|none|nothing"
+    r"|never|nor|neither|cannot|\w+n['\u2019]t|except|unless|maybe|perhaps|possibly|probably|unsure|doubt"
+    r"|fail(?:s|ed)\s+(?:the|to)|I\s+(?:think|guess|suppose)|plus|minus|divided|multiplied|added\s+to|subtracted|itself"
+    rf"|factorial|mod|modulo|out\s+of\s+one|one[\s-](?:{PART_WORDS})|{SCALE_WORDS}|[a-z]+illions?|millionen|millones"
+    r"|milliard(?:s|en)?|googol|myriads?"
 )
-# ... and those that do so only right after it: `5 "root two"`, but `5 "real roots"`.
+# ... those that do so only right after it: `5 "root two"`, but `5 "real roots"` ...
 _FIRST_WORDS = (
-    r"squared|cubed|(?:(?:square|cube)\s+)?root|choose|point|power|exponent|no|wait|one|\\?pi|inverse|inverted|reciprocal"
-    r"|to(?!\s+(?:the\s+nearest|one\s+(?:decimal|significant)))|times(?=\s*\"\s*\S|\s[b-z]\b)"
-    rf"|doubled|tripled|halved|negated|raised|taken|increased|decreased|reduced|{PART_WORDS}"
+    r"(?:whole\s+|all\s+)?(?:squared|cubed)|(?:(?:square|cube)\s+)?root|sqrt|exp|choose|point|power|exponent|no|wait"
+    r"|oops|sorry|hmm+|one|\\?pi|inverse|inverted|reciprocal|twice|thrice|doubled|tripled|quadrupled|halved|negated"
+    r"|to(?!\s+(?:the\s+nearest|one\s+(?:decimal|significant)))|times(?=\s*\"\s*\S|\s(?:[b-z]\b|\\pi))|[a-z]+fold"
+    r"|raised|taken|increased|decreased|reduced|add(?:ed|ing)?|subtract(?:ing)?|multiply(?:ing)?|divid(?:e|ing)"
+    rf"|(?-i:[binpqrwxyz])|{'|'.join(sorted({*GREEK} - {'psi'}))}|{PART_WORDS}"
 )
-_WRONG = r"(?:wrong|incorrect|false|invalid|impossible|untrue|mistaken|erroneous|extraneous|excluded|rejected|guess)"
+# ... and those that do so as the last one: `5 "square"`, but `5 "square units"`.
+_LAST_WORDS = (
+    "gross|score|grand|mill?|mio|tens|square|cube|double|triple|negative|opposite|conjugate|repeating|recurring"
+    "|kilo|mega|giga|milli|micro|nano"
+)
+_WRONG = (
+    r"(?:wrong|incorrect|false|invalid|impossible|untrue|bad|inaccurate|mistaken|erroneous|extraneous|excluded|rejected"
+    r"|undefined|unverified|uncertain|doubtful|guess)"
+)
 _CHANGING = re.compile(
-    rf"\b(?:{CHANGING_WORDS}|(?:{NUMBER_WORDS})(?!-)|{_WRONG}(?=\W*$)"
-    r"|(?:gross|score|grand|mill?|mio|tens|square|cube)(?=\s*(?:\"|$|of\b))"
+    rf"\b(?:{CHANGING_WORDS}|(?:{NUMBER_WORDS})(?!-)|(?:{_LAST_WORDS})(?=\s*(?:\"|$|of\b))|{_WRONG}(?=\W*$)"
     rf"|(?:is|are|was|were|be)\b[^\"]{{0,60}}\b(?:{_WRONG}|mistake|error|too))\b"
     r"|[\u2717\u2718\u2716\u274c\u4e0d\u9519]",  # crosses; Chinese for "not" and "wrong"
     re.IGNORECASE,
