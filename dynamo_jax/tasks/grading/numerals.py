@@ -32,6 +32,7 @@ _POWERS = {"squared": "^{2}", "cubed": "^{3}", "factorial": "!"}
 NUMBER_WORDS = "|".join([*sorted(_ONES[2:], key=len, reverse=True), *_TENS])  # "one" is a pronoun, too
 SCALE_WORDS = "|".join(f"{word}s?" for word in [*_EXPONENTS, "dozen"])
 PART_WORDS = "hal(?:f|ves)|" + "|".join(f"{word}s?" for word in reversed(_DENOMINATORS) if word != "half")
+PLURAL_PARTS = "halves|" + "|".join(f"{word}s" for word in reversed(_DENOMINATORS) if word != "half")
 
 _SCALE = re.compile(
     rf'(?<=[\dA-Za-z}})!|]) ?(?P<quote>"?)\s?(?:(?P<scales>(?:{SCALE_WORDS})(?: ?(?:{SCALE_WORDS})){{0,3}})'

@@ -8,7 +8,7 @@ import re
 
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 from dynamo_jax.tasks.grading.latex import GREEK, key
-from dynamo_jax.tasks.grading.numerals import NUMBER_WORDS, PART_WORDS, SCALE_WORDS
+from dynamo_jax.tasks.grading.numerals import NUMBER_WORDS, PART_WORDS, PLURAL_PARTS, SCALE_WORDS
 
 _LEADING = set(
     "the final answer answers is are thus so hence therefore value of equals equal to approximately approx about "
@@ -36,6 +36,10 @@ _UNIT = (
 )
 _UNITS = re.compile(rf"(?P<value>.*[\d}})!])\s*(?P<units>{_UNIT}(?:[\s/\\cdot]*(?:\^\s*\{{?-?\d\}}?)?\s*{_UNIT})*\s*"
                     r"(?:\^\s*\{?-?\d\}?|\b(?:squared|cubed))?)", re.DOTALL)  # fmt: skip
+_WRONG = (
+    r"(?:wrong|incorrect|false|invalid|impossible|untrue|bad|inaccurate|mistaken|erroneous|extraneous|excluded|rejected"
+    r"|undefined|unverified|uncertain|doubtful|guess)"
+)
 # Words after a value that bound it, make another value of it, deny or doubt it, wherever they stand ...
 CHANGING_WORDS = (
     r"most|least|more|less|fewer|greater|above|below|over|under|upwards?|onwards?|up\s+to|than|or|not|nope|none|nothing"
@@ -46,28 +50,27 @@ CHANGING_WORDS = (
 )
 # ... those that do so only right after it: `5 "root two"`, but `5 "real roots"` ...
 _FIRST_WORDS = (
-    r"(?:whole\s+|all\s+)?(?:squared|cubed)|(?:(?:square|cube)\s+)?root|sqrt|exp|choose|point|power|exponent|no|wait"
-    r"|oops|sorry|hmm+|one|\\?pi|inverse|inverted|reciprocal|twice|thrice|doubled|tripled|quadrupled|halved|negated"
-    r"|to(?!\s+(?:the\s+nearest|one\s+(?:decimal|significant)))|times(?=\s*\"\s*\S|\s(?:[b-z]\b|\\pi))|[a-z]+fold"
-    r"|raised|taken|increased|decreased|reduced|add(?:ed|ing)?|subtract(?:ing)?|multiply(?:ing)?|divid(?:e|ing)"
-    rf"|(?-i:[binpqrwxyz])|{'|'.join(sorted({*GREEK} - {'psi'}))}|{PART_WORDS}"
+    r"(?:whole\s+|all\s+)?(?:squared|cubed)|(?:(?:square|cube)\s+)?root|sqrt|exp|choose|point\s+one|power|exponent|no"
+    r"|wait|oops|sorry|hmm+|one|\\?pi|add(?:ed|ing)?|subtract(?:ing)?|multiply(?:ing)?|divid(?:e|ing)|[a-z]+fold"
+    r"|(?:raised|increased|decreased|reduced|lowered|taken)\s+(?:to|by|from)"
+    r"|to\s+(?:the(?!\s+nearest)|[b-z]|\\infty|power|one(?!\s+(?:decimal|significant)))"
+    rf"|times(?=\s*\"\s*\S|\s(?:[b-z]\b|\\pi))|(?-i:[binpqrwxyz])|{PLURAL_PARTS}"
 )
-# ... and those that do so as the last one: `5 "square"`, but `5 "square units"`.
-_LAST_WORDS = (
-    "gross|score|grand|mill?|mio|tens|square|cube|double|triple|negative|opposite|conjugate|repeating|recurring"
-    "|kilo|mega|giga|milli|micro|nano"
-)
-_WRONG = (
-    r"(?:wrong|incorrect|false|invalid|impossible|untrue|bad|inaccurate|mistaken|erroneous|extraneous|excluded|rejected"
-    r"|undefined|unverified|uncertain|doubtful|guess)"
+# ... and those that do so right after it and alone: `5 "square"`, but `5 "square units"`.
+_ALONE_WORDS = (
+    r"to|gross|score|grand|mill?|mio|tens|square|cube|double|triple|negative|opposite|conjugate|repeating|recurring"
+    r"|mega|giga|milli|micro|nano|inverse|inverted|reciprocal|twice|thrice|doubled|tripled|quadrupled|halved|negated"
+    rf"|raised|increased|decreased|reduced|{'|'.join(sorted({*GREEK} - {'psi'}))}|{PART_WORDS}|{_WRONG}"
 )
 _CHANGING = re.compile(
-    rf"\b(?:{CHANGING_WORDS}|(?:{NUMBER_WORDS})(?!-)|(?:{_LAST_WORDS})(?=\s*(?:\"|$|of\b))|{_WRONG}(?=\W*$)"
+    rf"\b(?:{CHANGING_WORDS}|(?:{NUMBER_WORDS})(?!-)"
     rf"|(?:is|are|was|were|be)\b[^\"]{{0,60}}\b(?:{_WRONG}|mistake|error|too))\b"
-    r"|[\u2717\u2718\u2716\u274c\u4e0d\u9519]",  # crosses; Chinese for "not" and "wrong"
+    rf"|\(\s*{_WRONG}\b|[\u2717\u2718\u2716\u274c\u4e0d\u9519]",  # crosses; Chinese for "not" and "wrong"
     re.IGNORECASE,
 )
-_CHANGING_FIRST = re.compile(rf'[\s"(:]*(?:{_FIRST_WORDS})(?![a-z-])', re.IGNORECASE)
+_CHANGING_FIRST = re.compile(
+    rf'[\s"(:]*(?:(?:{_FIRST_WORDS})(?![a-z-])|(?:{_ALONE_WORDS})(?:[\W_]*$|\s*"|\s+of\b))', re.IGNORECASE
+)
 # Words in a name that make it the name of another value: `"half of it" is 12`.
 _OTHER_VALUE = re.compile(
     rf"\b(?:{CHANGING_WORDS}|{NUMBER_WORDS}|{PART_WORDS}|{_WRONG}|no|twice|thrice|doubled?|tripled?|squared?|cubed?"
