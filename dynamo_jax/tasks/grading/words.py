@@ -23,10 +23,14 @@ _SYNONYMS = dict.fromkeys(
 _QUOTED = re.compile(r'"([^"]*)"')
 _JOINING = re.compile(r'"?\s*(?<![A-Za-z\\])(?:,\s*)?(?:and|or|and/or)(?![A-Za-z])\s*"?')
 _LEADING_WORDS = re.compile(r'("?)\s*([^\W\d_]++(?:[\s,]+[^\W\d_]++)*)\s*[:,]?\s*+("?+)\s*+(?![\^_(=])')
+_IS = r"(?:(?:is|are)(?:\sequal\sto)?|equals?)"
 _NAMING = re.compile(
-    r'"\s?([A-Za-z][^"]*?)\s?(?:(?::|(?<=\s)(?:is|are|equals))\s?"|"\s?:)(?=\s*[^\s="])', re.IGNORECASE
+    r'"\s?([A-Za-z][^"]*?(?:"[^"=<>\d]{1,20}"[^"]*?){0,3})\s?(?:(?::|(?<=[\s"])'
+    rf'{_IS})\s?"|"\s?:)(?=\s*[^\s="])',
+    re.IGNORECASE,
 )
-_CHOICE = re.compile(r'"?(?:(?i:option|choice|answer)\b\s*:?\s*"?)?\s*\(?\s*([A-Z])\s*\)?\s*[.:]?\s*"?')
+_SYMBOL_IS = re.compile(rf'([A-Za-z])\s?"\s?{_IS}\s?"', re.IGNORECASE)
+_CHOICE = re.compile(r'"?(?:(?i:option|choice|answer)\b\s*:?\s*"?)?\s*\(?\s*([A-Z\u2460-\u2473])\s*\)?\s*[.:]?\s*"?')
 _LABELLED_CHOICE = re.compile(r"(?:\(\s*([A-H])\s*\)|([A-H])\s*[.:)])\s")
 _UNIT = (
     r"(?:km|cm|mm|nm|dm|kg|mg|sec|secs|min|mins|hr|hrs|hours?|minutes?|seconds?|days?|weeks?|months?|years?|miles?|mi|mph|"
@@ -104,7 +108,7 @@ def as_words(text: str) -> str | None:
 
 
 def choice(text: str) -> str | None:
-    """The letter of a multiple-choice answer: `B`, `(B)`, `B.`, `(B) 12`."""
+    """The letter or circled digit of a multiple-choice answer: `B`, `(B)`, `B.`, `(B) 12`, `②`."""
     match = _CHOICE.fullmatch(text)
     if match:
         return match.group(1)
@@ -149,8 +153,11 @@ def _without_leading_words(text: str) -> str:
 
 
 def _without_naming(text: str) -> str:
-    """`"Area:" 12` without the name; words that name another value of it stay: `"half of it is" 12`."""
-    named = _NAMING.match(text) if text.startswith('"') else None
+    """`"Area:" 12` without the name, `x "is" 12` as `x = 12`; not the name of another value (`"half of it is" 12`)."""
+    if '"' not in text:
+        return text
+    text = _SYMBOL_IS.sub(r"\1 =", text, count=1) if _SYMBOL_IS.match(text) else text
+    named = _NAMING.match(text)
     return text[named.end() :].strip() if named and not _OTHER_VALUE.search(named.group(1)) else text
 
 

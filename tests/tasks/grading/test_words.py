@@ -31,7 +31,7 @@ def test_verdict(gold: str, verdict: str, answer: str, verdicts: dict[tuple[str,
     assert judge(f"\\boxed{{{answer}}}", gold) in (right, None)  # the exact path alone says the same or nothing
 
 
-@pytest.mark.parametrize("gold", ["5\\text{ million}", "five million", "\\text{all integers } k \\ge 2", "x > 3"])
+@pytest.mark.parametrize("gold", ["5\\text{ million}", "five million", "\\text{all integers } k \\ge 2", "x > 3", "②"])
 def test_such_references_can_be_read(gold: str) -> None:
     assert readable(gold)
 
