@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from dynamo_jax.tasks.grading.numerals import NUMBER_WORDS, PART_WORDS
+from dynamo_jax.tasks.grading.words import CHANGING_WORDS, changes
+
 MAX_CHARS = 200  # of an answer; numbers are far shorter
 _PLAIN = str.maketrans("\u2212\u2019", "-'")  # a minus sign, an apostrophe
 _ANSWER = re.compile(
@@ -16,12 +19,9 @@ _ANSWER = re.compile(
 )
 # Words that make another number of it, or several, and letters that are no unit but a factor.
 _CHANGING = re.compile(
-    r"""\b(?:or|and|to|plus|minus|over|divided|squared|cubed|point|at|most|least|more|less|fewer|greater|above|below|under
-    |not|than|hundreds?|thousands?|grand|(?:m|b|tr)illions?|lakhs?|crores?|dozens?|bn|mn|mln|mil|pi|hal(?:f|ves)
-    |(?:third|quarter|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|million)th)s?
-    |zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen
-    |(?:twen|thir|for|fif|six|seven|eigh|nine)ty|[b-fi-kn-rt-z]|(?-i:M))\b""",
-    re.VERBOSE | re.IGNORECASE,
+    rf"\b(?:{CHANGING_WORDS}|{NUMBER_WORDS}|{PART_WORDS}|zero|one|and|at|to|point|squared|cubed|grand|bn|mn|mln|mil|pi"
+    r"|[b-fi-kn-rt-z]|(?-i:M))\b",
+    re.IGNORECASE,
 )
 
 
@@ -49,7 +49,9 @@ def hash_number(text: str) -> Fraction | None:
     _, mark, after = text.rpartition("####")
     line = " ".join(after.strip().partition("\n")[0].translate(_PLAIN).split())
     match = _ANSWER.fullmatch(line) if mark and len(line) <= MAX_CHARS else None
-    if match is None or (match["sign"] and match["inner"]) or _CHANGING.search(match["words"]):
+    if match is None or (match["sign"] and match["inner"]):
+        return None
+    if _CHANGING.search(match["words"]) or changes(match["words"]):
         return None
     value = Fraction(match["number"].replace(",", ""))
     return -value if "-" in match["sign"] + match["inner"] else value

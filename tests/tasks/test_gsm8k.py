@@ -13,7 +13,7 @@ from dynamo_jax.tasks.rewards import RewardGrader
 THREE = [
     "3", "3.", "3.00", "+3", "003", "$3", "$ 3", r"\$3", "$3$", "3€", "3%", "3 %", r"3\%", "3 apples", "3 apples.",
     "3 dollars per day", "3 km/h", "3kg", "3 m", "3 people's dogs", "3 times", "3 seconds", "3 .", "  3  ", "\n3",
-    "3\nor 4", "3\r\n\r\nThat is all.",
+    "3\nor 4", "3\r\n\r\nThat is all.", "3 wrong answers", "3 real roots",
 ]  # fmt: skip
 NOT_THREE = [
     "", "three", "3/4", "3 / 4", "3\x0c/4", "3 or 4", "3 or four", "3-4", "3 - 4", "3\u20134", "3e5", "3e", "3x", "3 x",
@@ -21,6 +21,8 @@ NOT_THREE = [
     "3,", "3 and 4", "3 and a half", "3 to 5", "3 more", "at most 3", "3 million", "3 thousand", "3k", "3 K", "3M",
     "3 M", "3 dozen", "3 two-thirds", "3 thirds", "3 tenths", "3 point one", "3 pi", "3 squared", "3 plus tax", "3 %5",
     "3%2", "(3)", "--3", "-$-3", "-3", "<3", "~3", "3_0", "0x3", "٣", "x = 3", "1 3", "3 " + "a " * 100, "3" * 300,
+    "3 is wrong", "3 is not correct", "3 isn't right", "3 wrong", "3 maybe", "3 perhaps", "3 factorial", "3 choose two",
+    "3 mod n", "3 square", "3 root two", "3 trillion", "3 zillion",
 ]  # fmt: skip
 
 

@@ -27,7 +27,14 @@ from dynamo_jax.tasks.grading.structure import (
     same_argument,
     split,
 )
-from dynamo_jax.tasks.grading.words import as_words, choice, without_label, without_units, without_words
+from dynamo_jax.tasks.grading.words import (
+    as_words,
+    choice,
+    without_label,
+    without_quantifier,
+    without_units,
+    without_words,
+)
 
 MAX_CHARS = 4000  # of a normalised answer, beyond twice the gold's
 MAX_MEMBERS = 200  # of a list that is compared member by member
@@ -82,7 +89,8 @@ def readable(gold: str, algebra: Algebra | None = None) -> bool:
     if as_words(text) is not None or choice(text) is not None or text in _EMPTY:
         return True
     try:
-        parts = members(without_words(text), thousands=True)
+        plain = without_words(text)
+        parts = members(without_quantifier(plain, plain)[0], thousands=True)
         return len(parts) <= MAX_MEMBERS and all(_readable(part, algebra, 0) for part in parts)
     except (ValueError, RecursionError):
         return False
@@ -170,7 +178,7 @@ class _Comparison:
         if letter is not None and choice(answer) is not None:
             return letter == choice(answer)
         answer = without_words(without_label(answer) if letter is None else answer)
-        gold = without_words(gold)
+        gold, answer = without_quantifier(without_words(gold), answer)
         if not answer:
             return False
         # 1,625 is one number or a list of two; several plus-minus signs go together or not. Both sides must be read

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from dynamo_jax.tasks.grading.numerals import spell_out
+
 _SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "﹣": "-", "‐": "-", "‑": "-", "×": r"\cdot ", "·": r"\cdot ", "⋅": r"\cdot ",
     "∙": r"\cdot ", "∗": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ",
@@ -55,10 +57,15 @@ _SIZES = re.compile(r"\\(?:(?:left|right)(?![a-zA-Z])\s*\.?|(?:[bB]igg?[lrm]?)(?
 _COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\(?:label|tag|hspace|vspace)\s*\{[^{}]*\}")
 _THIN = re.compile(r"(?<=\d) ?(?:\{ ?, ?\}|,\\!|\\[,;: !]|~)\s*(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"\\[,;:!> ]|~")
+# After a currency these letters are no units: `\$5\text{K}` is 5000, `5\text{K}` a temperature.
+_MONEY = re.compile(
+    r"((?:\\\$|[€£¥₹]) ?\d[\d.,]*) ?(\\(?:text|mathrm|mbox) ?\{ ?)?([kKMBT]|bn|mn)(?![a-zA-Z])(?(2) ?\})"
+)
+_MONEY_SUFFIXES = {"k": "thousand", "m": "million", "b": "billion", "t": "trillion"}
 _UNIT_FRACTION = re.compile(r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}")
 _MICRO = re.compile(r"\\mu\s*\\text\s*\{\s*([a-zA-Z])")
 _CHOOSE = re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}")
-_BOLD_TEXT = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathsf)(?=\s*\{[A-Za-z]{2})")
+_BOLD_TEXT = re.compile(r"\\(?:mathbf|boldsymbol|bm|mathsf)(?=\s*\{\s?[A-Za-z]{2})")
 _MODULUS = re.compile(r"\\pmod\s*(?:\{\s*([^{}]*)\}|(\w+))")
 _HAT = re.compile(r"\\(?:hat|widehat)\s*(?:\{\s*([ijk])\s*\}|([ijk])(?![a-zA-Z]))")
 _COMPARISON = re.compile(r"<=|>=|=<|(?<=\s)!=|(?<=[a-zA-Z])!=(?=\s)")
@@ -76,26 +83,30 @@ _FUNCTION = re.compile(
     r"(arc(?:sin|cos|tan)|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|sqrt|pi|infty|infinity"
     r"|(?:exp|max|min|gcd|lcm|floor|ceil)(?=\s*\())(?![a-zA-Z])"
 )
+_NATURAL = re.compile(r"\\log\s*_\s*(?:\{\s*e\s*\}|e)")
 _PERCENT = re.compile(r'"?\s*(?<![a-zA-Z])(?:percent|per cent)(?![a-zA-Z])\s*"?')
 _WITH_ARGUMENTS = re.compile(r"(\\(?:frac|binom|sqrt)(?![a-zA-Z])|\^)\s*(?:\[[^\[\]]*\])?")
 _ARGUMENT = re.compile(r"\s*([{(\da-zA-Z]|\\(?!frac|binom|sqrt)[a-zA-Z]+)")
+_SYMBOLS_IN_TEXT = "ABCDEFabdeinpqrwxyz"  # other single letters in text are units
+_FUNCTIONS_IN_TEXT = frozenset("pi ln log sin cos tan cot arcsin arccos arctan sinh cosh tanh".split())
+_LETTERS = re.compile(r"[a-zA-Z]")
 _DIGITS = re.compile(r"\d+")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-_WORD_NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_WORD_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def normalise(text: str) -> str:
     """The answer in one spelling; see the module's docstring. Never raises."""
-    text = _unicode(in_radians(" ".join(text.split())))
+    text = " ".join(text.split())
+    if "\\$" in text or not text.isascii():
+        text = _MONEY.sub(lambda m: f"{m[1]}\\text{{{_MONEY_SUFFIXES[m[3][0].lower()]}}}", text)
+    text = _unicode(in_radians(text))
     if "\\begin" not in text:  # a response that was escaped twice; in a matrix `\\` ends a row
         text = re.sub(r"\\\\(?=[a-zA-Z%$])", r"\\", text)
     text = _COLOUR.sub("", text).replace("\\\\", "\\cr ")
     text = _THIN.sub("", _SIZES.sub("", text))
     text = re.sub(r"\\[()\[\]]|\\?\$", " ", _SPACES.sub(" ", text))
+    if "  " in text:  # what follows looks past spaces more than once
+        text = " ".join(text.split())
     text = text.replace("\\%", "%").replace("\\_", "_").replace("\\&", "&").replace('"', "").replace("{,}", ",")
     text = _PRIME.sub("'", text)
     text = _HAT.sub(r"\1\2", _CHOOSE.sub(r"\\binom{\1}{\2}", text))
@@ -109,13 +120,13 @@ def normalise(text: str) -> str:
     text = _quote_text(text)
     text = _PERCENT.sub("%", text)
     text = _FUNCTION.sub(lambda m: f"\\{'infty' if m.group(1) == 'infinity' else m.group(1)} ", text)
+    text = _NATURAL.sub(r"\\ln ", text)
     text = text.strip(" *`").replace("**", "^").replace("*", "\\cdot ")
     text = _braced_arguments(_BASED.sub(r"\1", text))
     text = re.sub(r"(?<=\d) ?x ?(?=10\^)", r"\\cdot ", text)
     text = re.sub(r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d.])", lambda m: m.group(0).replace(" ", ""), text)
     text = " ".join(text.split()).rstrip(" .,;:").lstrip(" ,;:")
-    number = _word_number(text.strip('" ').lower())
-    return _unwrap(text) if number is None else str(number)
+    return text if text.isdigit() else _unwrap(spell_out(text))
 
 
 def in_radians(text: str, always: bool = False) -> str:
@@ -131,23 +142,6 @@ def key(text: str) -> str:
     return re.sub(r"\{(\w)\}", r"\1", text.replace(" ", ""))
 
 
-def _word_number(text: str) -> int | None:
-    """`forty-two`, `one hundred`: numbers in words below a thousand."""
-    if len(text) > 60 or not text.isascii():
-        return None
-    value = 0
-    for word in text.replace("-", " ").replace(" and ", " ").split():
-        if word in _WORD_NUMBERS and (value % 10 == 0 and (value % 100 >= 20 or value % 100 == 0)):
-            value += _WORD_NUMBERS.index(word)
-        elif word in _WORD_TENS and value % 100 == 0:
-            value += 10 * (_WORD_TENS.index(word) + 2)
-        elif word == "hundred" and 0 < value < 10:
-            value *= 100
-        else:
-            return None
-    return value if text.strip("- ") else None
-
-
 def _unicode(text: str) -> str:
     if text.isascii():
         return text
@@ -161,6 +155,8 @@ def _unicode(text: str) -> str:
             mode = raised
         if char in _SYMBOLS:
             out.append(_SYMBOLS[char])
+        elif kind.startswith(("<circle>", "<compat>")) and unicodedata.category(char) == "No":
+            out.append(char)  # a circled digit numbers an item
         elif kind.startswith("<fraction>"):
             top, _, bottom = unicodedata.normalize("NFKC", char).partition("\u2044")
             out.append(f"\\frac{{{top}}}{{{bottom or 1}}}")
@@ -184,7 +180,8 @@ def _quote_text(text: str) -> str:
         token, content = match.group(0), match.group(1)
         if content is not None:
             letters = content.strip(" ().:")
-            plain = depth > 0 or (len(letters) < 2 and letters in "ABCDEFeid") or any(c.isdigit() for c in content)
+            plain = depth > 0 or (len(letters) < 2 and letters in _SYMBOLS_IN_TEXT) or any(c.isdigit() for c in content)
+            plain = plain or letters in _FUNCTIONS_IN_TEXT or (content.isascii() and not _LETTERS.search(content))
             out.append(f" {content.strip() if depth else content} " if plain else f' "{content.strip()}" ')
         elif not token.startswith("\\text"):
             depth += {"{": 1, "}": -1}.get(token, 0)
