@@ -1,4 +1,4 @@
-"""What a run settles at its first start holds to its end: the day that a chat template shows, and how files are read."""
+"""What a run settles at its first start holds to its end: the day that a template shows, and how files are read."""
 
 import datetime
 import json
