@@ -2,8 +2,10 @@
 
 Runs only inside a killable worker (`verifier_worker.py`): the parser has no time bound. Two formulas are equal where
 they agree to 80 digits at every one of several random points; analytic expressions that do so and yet differ are not
-found by chance. This never simplifies, solves or expands, whose time nothing bounds. The values are computed by
-`_Evaluator`, node by node, with bounds on every argument; no text is evaluated as code.
+found by chance. Letters take either sign, except between two formulas that both keep roots of letters: those may
+also be equal for positive letters alone, as physics writes them (`_keeps_roots`). This never simplifies, solves or
+expands, whose time nothing bounds. The values are computed by `_Evaluator`, node by node, with bounds on every
+argument; no text is evaluated as code.
 """
 
 from __future__ import annotations
@@ -61,19 +63,27 @@ class Symbolic:
         bases = ("\\ln ", "\\log_{10} ") if _BARE_LOG.search(gold + " " + answer) else ("\\ln ",)
         return any(self._equal(_parse(gold, base), _parse(answer, base)) for base in bases)
 
+    @classmethod
+    def _equal(cls, left: Any, right: Any) -> bool:
+        if cls._agree(left, right):
+            return True
+        return _keeps_roots(left) and _keeps_roots(right) and cls._agree(left, right, positive=True)
+
     @staticmethod
-    def _equal(left: Any, right: Any) -> bool:
+    def _agree(left: Any, right: Any, positive: bool = False) -> bool:
         agreed = 0
-        for point in _points(left, right):
+        for point in _points(left, right, positive=positive):
             try:
                 a, b = point.value(left), point.value(right)
             except NoValueError:
                 continue
-            if point.negative and not (_is_real(a) and _is_real(b)):
+            real = _is_real(a) and _is_real(b)
+            if point.negative and not real:
                 continue  # ln(ab) and ln a + ln b differ by the branch only
-            if not _close(a, b):
+            if _close(a, b):
+                agreed += 1
+            elif real or not positive:  # sqrt(c / (a - b)) and sqrt(c) / sqrt(a - b): by the branch too, for a < b
                 return False
-            agreed += 1
         return agreed >= 2
 
     def has_value(self, text: str) -> bool:
@@ -156,12 +166,27 @@ def _parse(text: str, log: str = "\\ln ") -> Any:
     return parsed
 
 
-def _points(*expressions: Any) -> Iterator[_Evaluator]:
-    """Random points, the same ones each time: positive ones, then mixed signs; whole numbers where there are steps."""
+def _keeps_roots(formula: Any) -> bool:
+    """Is there a root of letters in it, as in `2 r \\sqrt{G \\rho}`, and no absolute value?
+
+    Such a formula is real for positive letters, and pulls them out of its roots freely. `|x|` says that signs matter,
+    and of `\\sqrt{x^2}` and `x` only one keeps the root: that is the textbook's question about the sign of x.
+    """
+    if formula.has(sympy.Abs, sympy.sign):
+        return False
+    powers = formula.atoms(sympy.Pow)
+    return any(power.exp.is_integer is False and power.base.free_symbols for power in powers)
+
+
+def _points(*expressions: Any, positive: bool = False) -> Iterator[_Evaluator]:
+    """Random points, the same ones each time: positive ones, then mixed signs; whole numbers where there are steps.
+
+    `positive`: no negative ones.
+    """
     rng = random.Random(2602)  # noqa: S311
     stepped = any(e.has(*_STEPS) for e in expressions)
     for index in range(3 * POINTS if stepped else 2 * POINTS):
-        yield _Evaluator(rng, whole=stepped, negative=not stepped and index >= POINTS)
+        yield _Evaluator(rng, whole=stepped, negative=not (stepped or positive) and index >= POINTS)
 
 
 class _Evaluator:

@@ -1,0 +1,91 @@
+"""Answers taken apart, in a box or without one, through a worker where algebra is needed. One case a line.
+
+Reference, `==` right or `!=` wrong, answer.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from dynamo_jax.tasks.grading.answers import compare, judge
+from dynamo_jax.tasks.grading.verifier import Verifier
+
+# Letters are positive where both formulas keep roots of them.
+ROOTS = r"""
+\sqrt{4 \pi G \rho_{0} r_{0}^{2}}  ==  2 r_0 \sqrt{\pi G \rho_0}
+\sqrt{a^2 b}  ==  a\sqrt{b}
+a\sqrt{b}  ==  \sqrt{a^2 b}
+\sqrt{a^2 b}  !=  -a\sqrt{b}
+\sqrt{a^2 b}  !=  |a|\sqrt{-b}
+\sqrt{a^2}  !=  a
+\sqrt{x^2}  !=  x
+x  !=  \sqrt{x^2}
+|x|  ==  \sqrt{x^2}
+|x|  !=  x
+\sqrt{x^2y}  !=  -x\sqrt{y}
+\sqrt{x^2+y^2}  !=  x+y
+\sqrt{x+y}  !=  \sqrt{x}+\sqrt{y}
+|x|\sqrt{y}  !=  x\sqrt{y}
+|x|\sqrt{y}  ==  \sqrt{x^2 y}
+\sqrt{18 m^2 k}  ==  3m\sqrt{2k}
+(8 a^3 b^2)^{1/2}  ==  2ab\sqrt{2a}
+\frac{c}{\sqrt{c^2-v^2}}  ==  \frac{1}{\sqrt{1-\frac{v^2}{c^2}}}
+\sqrt{\frac{2E}{m}}  ==  \frac{\sqrt{2Em}}{m}
+\frac{1}{2\pi}\sqrt{\frac{k}{m}}  ==  \frac{\sqrt{k m}}{2\pi m}
+\sqrt[3]{8 a^3 b}  ==  2a\sqrt[3]{b}
+\sqrt[4]{16 a^4 b}  ==  2a\sqrt[4]{b}
+\sqrt[4]{16 a^4 b}  !=  4a\sqrt[4]{b}
+\sqrt{a}\sqrt{1-\sin^2 x}  !=  \sqrt{a}\cos x
+\sqrt{(x-1)^2 y}  !=  (x-1)\sqrt{y}
+\sqrt{(x-1)^2}  !=  x-1
+i\sqrt{a}  ==  \sqrt{-a}
+\sqrt{\frac{2(E-V)}{m r^2}}  ==  \frac{1}{r}\sqrt{\frac{2(E-V)}{m}}
+\sqrt{\frac{G M}{R^3}}  ==  \frac{1}{R}\sqrt{\frac{GM}{R}}
+\frac{-b+\sqrt{b^2-4ac}}{2a}  ==  -\frac{b}{2a}+\sqrt{\frac{b^2}{4a^2}-\frac{c}{a}}
+\frac{-b+\sqrt{b^2-4ac}}{2a}  !=  \frac{-b-\sqrt{b^2-4ac}}{2a}
+x^{3/2}  ==  x\sqrt{x}
+x^{3/2}  ==  \sqrt{x^3}
+(a^2b)^{0.5}  ==  a b^{0.5}
+2^{n}\sqrt{x^2y}  ==  2^n x\sqrt y
+a\sqrt{b}  !=  \sqrt{a b^2}
+\sqrt{4 m^2 v^2}  !=  2mv
+2\pi\sqrt{\frac{l}{g}}  ==  \frac{2\pi\sqrt{lg}}{g}
+\sqrt{x^2 y}  ==  x\sqrt{y}
+\sqrt{\frac{c}{a-b}}  ==  \frac{\sqrt{c}}{\sqrt{a-b}}
+v = \sqrt{2 g h^2 k}  ==  v = h\sqrt{2gk}
+\ln(a\sqrt{b})  ==  \ln\sqrt{a^2b}
+(r\sqrt{G\rho}, 1)  ==  (\sqrt{G \rho r^2}, 1)
+"""
+CASES = [tuple(re.split("  (==|!=)  ", line)) for table in (ROOTS,) for line in table.strip().splitlines()]
+HOSTILE = {
+    "many equals": "m+n=" * 990 + "13",
+    "many roots": r"\sqrt{a" * 600,
+}
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier(workers=1) as shared_verifier:
+        yield shared_verifier
+
+
+@pytest.mark.parametrize(("gold", "verdict", "answer"), CASES)
+def test_cases(gold: str, verdict: str, answer: str, verifier: Verifier) -> None:
+    assert verifier.grade(f"So it is $\\boxed{{{answer}}}$.", gold) is (verdict == "==")
+
+
+def test_without_a_box(verifier: Verifier) -> None:
+    outputs = [f"The answer is ${answer}$." for _, _, answer in CASES]
+    grades = verifier.grade_batch([(output, gold) for output, (gold, _, _) in zip(outputs, CASES, strict=True)])
+    assert [case for case, grade in zip(CASES, grades, strict=True) if grade is not (case[1] == "==")] == []
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_answers_are_decided_quickly(name: str) -> None:
+    began = time.process_time()
+    for gold in ("7", "x+1", "(3,-1)", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "x=3", HOSTILE[name] + "7"):
+        assert compare(gold, HOSTILE[name]) in (False, None)
+    assert judge("\\boxed{" + HOSTILE[name] + "}", "7") is False
+    assert time.process_time() - began < 2.0
