@@ -16,12 +16,12 @@ from typing import Protocol
 from dynamo_jax.tasks.grading.exact import NotRationalError, TooLargeError, evaluate
 from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.latex import GREEK, in_radians, key, normalise
+from dynamo_jax.tasks.grading.matrices import determinant, matrix
 from dynamo_jax.tasks.grading.structure import (
     Bracketed,
     bracketed,
     is_name,
     labelled_tuple,
-    matrix,
     members,
     ratio,
     same_argument,
@@ -262,6 +262,8 @@ class _Comparison:
     def value(self, gold: str, answer: str) -> bool | None:
         if key(gold) == key(answer):
             return True
+        if "\\begin" in gold or "\\begin" in answer:
+            gold, answer = determinant(gold) or gold, determinant(answer) or answer
         for read in (matrix, bracketed):
             expected, found = read(gold), read(answer)
             if expected is not None and found is not None:

@@ -1,4 +1,4 @@
-"""The parts of a normalised answer: members of lists and sets, tuples, intervals, matrices, names before `=`."""
+"""The parts of a normalised answer: members of lists and sets, tuples, intervals, names before `=`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ _NAME = re.compile(
     rf"|\(\s*{_LETTER}{_INDEX}(?:\s*,\s*{_LETTER}{_INDEX})*\s*\)|[A-Za-z]\s*\([^()]*\))"
 )
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")
-_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(.*)\\end\{\1\}(.*)", re.DOTALL)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _MAX_SIGNS = 3  # independent plus-minus signs that are written out: 8 values
 _SIGN = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
@@ -135,21 +134,6 @@ def bracketed(text: str) -> Bracketed | None:
                 brackets = "()" if left == "\\langle" else left + right
                 return Bracketed(brackets, tuple(i.removeprefix("+") for i in items)) if len(items) > 1 else None
     return _inequality(text)
-
-
-def matrix(text: str) -> Bracketed | None:
-    """Its entries row by row, multiplied by the factor before it."""
-    text = text.strip("()[] ")
-    start = text.find("\\begin{")
-    match = _MATRIX.match(text, start) if start >= 0 else None
-    if match is None or match.group(3).strip():
-        return None
-    body = re.sub(r"^\s*\{[lcr| ]*\}", "", match.group(2)) if match.group(1) == "array" else match.group(2)
-    rows = [split(row, "&") for row in split(body, "\\cr") if row]
-    factor = text[:start].strip().removesuffix("\\cdot").strip()
-    factor = f"{factor}1" if factor in ("-", "+") else factor
-    entries = [f"({factor})({entry})" if factor else entry for row in rows for entry in row]
-    return Bracketed("x".join(str(len(row)) for row in rows), tuple(entries))
 
 
 def is_name(text: str) -> bool:

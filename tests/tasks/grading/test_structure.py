@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from dynamo_jax.tasks.grading.answers import compare, judge
+from dynamo_jax.tasks.grading.matrices import determinant
 from dynamo_jax.tasks.grading.verifier import Verifier
 
 # Letters are positive where both formulas keep roots of them.
@@ -58,10 +59,49 @@ v = \sqrt{2 g h^2 k}  ==  v = h\sqrt{2gk}
 \ln(a\sqrt{b})  ==  \ln\sqrt{a^2b}
 (r\sqrt{G\rho}, 1)  ==  (\sqrt{G \rho r^2}, 1)
 """
-CASES = [tuple(re.split("  (==|!=)  ", line)) for table in (ROOTS,) for line in table.strip().splitlines()]
+# A determinant is a number, its matrix is not.
+DETERMINANTS = r"""
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  !=  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}
+\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  !=  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  !=  \begin{Vmatrix} 1 & 2 \\ 3 & 4 \end{Vmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  !=  \left|\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}\right|
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  !=  \left|\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right|
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  !=  \det\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  !=  \det\left(\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right)
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  ==  \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}  ==  \left[\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right]
+-2  ==  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}
+-2  ==  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix} = -2
+-2  ==  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix} = 1 \cdot 4 - 2 \cdot 3 = -2
+-2  ==  \det\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+-2  ==  \left|\begin{array}{cc} 1 & 2 \\ 3 & 4 \end{array}\right|
+2  !=  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}
+-2  !=  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+-4  ==  2\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}
+\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  ==  -2
+\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  ==  \begin{vmatrix}1&2\\3&4\end{vmatrix}
+\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  ==  \begin{vmatrix}1&3\\2&4\end{vmatrix}
+\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  !=  \begin{vmatrix}2&1\\3&4\end{vmatrix}
+\begin{vmatrix} a & b \\ c & d \end{vmatrix}  ==  ad-bc
+\begin{vmatrix} a & b \\ c & d \end{vmatrix}  !=  ad+bc
+ad-bc  ==  \begin{vmatrix} a & b \\ c & d \end{vmatrix}
+6  ==  \begin{vmatrix} 1 & 0 & 0 \\ 0 & 2 & 0 \\ 0 & 0 & 3 \end{vmatrix}
+0  ==  \begin{vmatrix} 1 & 2 & 3 \\ 4 & 5 & 6 \\ 7 & 8 & 9 \end{vmatrix}
+-3  ==  \begin{vmatrix} 1 & 2 & 3 \\ 4 & 5 & 6 \\ 7 & 8 & 10 \end{vmatrix}
+3  !=  \begin{vmatrix} 1 & 2 & 3 \\ 4 & 5 & 6 \\ 7 & 8 & 10 \end{vmatrix}
+2  !=  \left|\begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}\right|
+\begin{pmatrix}1\\2\end{pmatrix}  !=  \left|\begin{pmatrix}1\\2\end{pmatrix}\right|
+\begin{pmatrix}1\\2\end{pmatrix}  !=  \left\|\begin{pmatrix}1\\2\end{pmatrix}\right\|
+A=\begin{pmatrix}1\\2\end{pmatrix}  ==  \begin{pmatrix}1\\2\end{pmatrix}
+\begin{pmatrix}2&0\\0&2\end{pmatrix}  ==  2\begin{pmatrix}1&0\\0&1\end{pmatrix}
+\begin{pmatrix}\lambda&0\\0&1\end{pmatrix}  !=  \begin{vmatrix}\lambda&0\\0&1\end{vmatrix}
+"""
+CASES = [tuple(re.split("  (==|!=)  ", line)) for table in (ROOTS, DETERMINANTS) for line in table.strip().splitlines()]
 HOSTILE = {
     "many equals": "m+n=" * 990 + "13",
     "many roots": r"\sqrt{a" * 600,
+    "a large determinant": r"\begin{vmatrix}" + r"1&2&3&4\\" * 400 + r"\end{vmatrix}",
+    "nested determinants": r"\begin{vmatrix}1" * 200 + r"\end{vmatrix}" * 200,
 }
 
 
@@ -89,3 +129,10 @@ def test_hostile_answers_are_decided_quickly(name: str) -> None:
         assert compare(gold, HOSTILE[name]) in (False, None)
     assert judge("\\boxed{" + HOSTILE[name] + "}", "7") is False
     assert time.process_time() - began < 2.0
+
+
+def test_small_determinants_are_written_out() -> None:
+    assert determinant(r"\begin{vmatrix}a&b\cr c&d\end{vmatrix}") == "(1)(+(a)(d)-(b)(c))"
+    for text in (r"\begin{pmatrix}1&2\cr 3&4\end{pmatrix}", r"\begin{vmatrix}1&2\end{vmatrix}", "|x|", "5"):
+        assert determinant(text) is None
+    assert determinant(r"\begin{vmatrix}" + r"1&2&3&4\cr " * 4 + r"\end{vmatrix}") is None
