@@ -26,6 +26,7 @@ from dynamo_jax.tasks.grading.structure import (
     ratio,
     same_argument,
     split,
+    without_systems,
 )
 from dynamo_jax.tasks.grading.words import as_words, choice, without_label, without_units, without_words
 
@@ -115,7 +116,7 @@ def compare(gold: str, answer: str, algebra: Algebra | None = None) -> bool | No
     gold_text = _gold_text(gold)
     if len(answer) > 4 * MAX_CHARS + 4 * len(gold_text):
         return False
-    text = normalise(answer)
+    text = without_systems(normalise(answer))
     if not text or not gold_text:
         return False
     if key(text) == key(gold_text):
@@ -143,7 +144,7 @@ def cache_key(gold: str, answer: str) -> tuple[str, str]:
 
 
 def _gold_text(gold: str) -> str:
-    return normalise((extract(gold) if "\\boxed" in gold else None) or gold)
+    return without_systems(normalise((extract(gold) if "\\boxed" in gold else None) or gold))
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
@@ -202,11 +203,8 @@ class _Comparison:
             return False
         if len(gold) != len(answer):
             # x = 1, y = 2 for the tuple (1, 2), and the other way round
-            one, several = (gold, answer) if len(gold) == 1 else (answer, gold)
-            tuple_of_labels = labelled_tuple(several) if len(one) == 1 else None
-            if tuple_of_labels is None:
-                return False
-            return self.member(*((one[0], tuple_of_labels) if one is gold else (tuple_of_labels, one[0])))
+            whole = [side[0] if len(side) == 1 else labelled_tuple(side) for side in (gold, answer)]
+            return False if whole[0] is None or whole[1] is None else self.member(whole[0], whole[1])
         left = list(answer)
         undecided = False
         for expected in gold:
@@ -225,24 +223,44 @@ class _Comparison:
 
     def member(self, gold: str, answer: str) -> bool | None:
         """One member of a list: an equation or a single value."""
+        if "=" not in gold and "=" not in answer:
+            return self.value(gold, answer)
         golds, answers = split(gold, "="), split(answer, "=")
+        if len(answers) > MAX_MEMBERS:
+            return False
+        tuples = labelled_tuple([gold]), labelled_tuple([answer])
+        if any(tuples):  # x = y = 1 for the tuple (1, 1)
+            whole = tuples[0] or golds[-1], tuples[1] or answers[-1]
+            if bracketed(whole[0]) and bracketed(whole[1]):
+                return self.value(*whole)
         if len(golds) == 2 and is_name(golds[1]) and not is_name(golds[0]):
             golds.reverse()
-        if len(answers) == 2 and is_name(answers[1]) and not is_name(answers[0]):
+        labels = [is_name(link) for link in answers]
+        if labels == [False, True]:  # 13 = x
             answers.reverse()
+            labels.reverse()
         if len(answers) == 1:
             labelled = len(golds) == 1 or is_name(golds[0])
             return self.value(golds[-1], answers[0]) if labelled else False
         if len(golds) == 1:
             # `x = 27 \cdot 20 = 540` is the value 540 only if every link of the chain holds.
-            links = [link for link in answers[:-1] if not is_name(link)]
-            verdict = self.value(gold, answers[-1])
-            return _all([verdict, *(self.value(gold, link) for link in links)]) if verdict is not False else False
+            first = next((place for place, label in enumerate(labels[:-1]) if not label), len(labels) - 1)
+            return _all(self.value(gold, link) for link in reversed(answers[first:]))
+        if len(golds) != 2 or len(answers) != 2:
+            return self.chain(golds, answers)
         return self.equation(golds, answers)
 
+    def chain(self, gold: list[str], answer: list[str]) -> bool | None:
+        """`x = 6/2 = 3` and `x = 3`: the same names, and every other link is the value."""
+        (names, values), (found_names, found) = (
+            ({key(side) for side in sides if is_name(side)}, [side for side in sides if not is_name(side)])
+            for sides in (gold, answer)
+        )
+        if names and names == found_names and values and found:
+            return _all(self.value(values[-1], link) for link in found)
+        return _all(map(self.value, gold, answer)) if len(gold) == len(answer) else False
+
     def equation(self, gold: list[str], answer: list[str]) -> bool | None:
-        if len(gold) != 2 or len(answer) != 2:
-            return _all(map(self.value, gold, answer)) if len(gold) == len(answer) else False
         answer = same_argument(gold[0], answer)
         if sorted(map(key, gold)) == sorted(map(key, answer)):
             return True

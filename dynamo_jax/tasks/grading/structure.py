@@ -1,4 +1,4 @@
-"""The parts of a normalised answer: members of lists and sets, tuples, intervals, names before `=`."""
+"""The parts of a normalised answer: members of lists and sets, tuples, intervals, systems, names before `=`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,17 @@ _NAME = re.compile(
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _MAX_SIGNS = 3  # independent plus-minus signs that are written out: 8 values
+_MAX_NAMES = 8  # of a labelled tuple
+_SHORT_NAME = re.compile(_LETTER + _INDEX)
 _SIGN = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
 _EXCLUSION = re.compile(r"(?P<base>.+?)\s*\\setminus\s*(?P<points>\\\{.*\\\})", re.DOTALL)
+_SYSTEM = re.compile(
+    r"(?P<left>\\\{\s*)?\\begin\{(?P<kind>[dr]?cases|array|align(?:ed|\\cdot )?|gathered|split)\}"
+    r"\s*(?:\[[bct]\]|\{[lcr| ]*\})?"
+    r"(?P<rows>(?:(?!\\begin\{|\\end\{).)*)\\end\{(?P=kind)\}(?P<right>\s*\\\})?",
+    re.DOTALL,
+)
+_ROW_GAP = re.compile(r"\s*\[[\d.]+ ?[a-z]{2}\]")
 _REALS = {"\\mathbb{R}", '"all real numbers"', '"real numbers"', '"all reals"'}
 
 
@@ -203,11 +212,63 @@ def ratio(text: str) -> list[str] | None:
 
 
 def labelled_tuple(parts: list[str]) -> str | None:
-    """`x = 1, y = 2` as the tuple `(1, 2)`, ordered by name; None unless every part has a short name of its own."""
-    pairs = [split(part, "=") for part in parts]
-    if not 2 <= len(pairs) <= 8 or any(len(p) != 2 or not re.fullmatch(_LETTER + _INDEX, p[0]) for p in pairs):
+    """`x = 1, y = 2` as the tuple `(1, 2)`, ordered by name, Greek letters last; None unless that is all of it.
+
+    Every part gives a value to short names that no other part has: `x = y = 1` gives one to two of them. One part may
+    be the list in parentheses.
+    """
+    if len(parts) == 1 and "=" in parts[0]:
+        inside = _inside(parts[0], "(", ")")
+        parts = [parts[0]] if inside is None else split(inside, ",", ";")
+    values: dict[str, str] = {}
+    for part in parts if len(parts) <= _MAX_NAMES else ():
+        *names, value = split(part, "=")
+        if names and _SHORT_NAME.fullmatch(value) and not _SHORT_NAME.fullmatch(names[0]):  # 1 = x = y
+            names, value = [*names[1:], value], names[0]
+        for name in names:
+            if key(name) in values or not _SHORT_NAME.fullmatch(name):
+                return None
+            values[key(name)] = value
+        if not names or not value:
+            return None
+    if not 2 <= len(values) <= _MAX_NAMES:
         return None
-    names = sorted(key(name) for name, _ in pairs)
-    if len(set(names)) < len(names):
-        return None
-    return "(" + ",".join(value for _, value in sorted(pairs, key=lambda p: key(p[0]))) + ")"
+    return "(" + ",".join(values[name] for name in sorted(values, key=lambda n: (n.startswith("\\"), n))) + ")"
+
+
+def without_systems(text: str) -> str:
+    """Each solved system, `\\begin{cases} x=3 \\\\ y=-1 \\end{cases}`, as the tuple `(3,-1)`.
+
+    A chain written over several rows (`x &= 1+2 \\\\ &= 3`) becomes one row. All else stays: functions in pieces,
+    systems still to be solved, matrices.
+    """
+    if "\\cr" not in text and "\\begin" not in text:
+        return text
+    if "\\begin" in text:
+        return _SYSTEM.sub(_solved, text)
+    return _tuple_of_rows(text.removeprefix("\\{")) or text
+
+
+def _solved(system: re.Match[str]) -> str:
+    solution = _tuple_of_rows(system["rows"], single="cases" not in system["kind"])
+    if solution is None:
+        return system.group(0)
+    # \\left\\{ ... \\right. leaves one brace, which is the system's own unless it opens a set of them.
+    left, right = system["left"] or "", system["right"] or ""
+    return solution if bool(left) == bool(right) or "cases" not in system["kind"] else left + solution + right
+
+
+def _tuple_of_rows(text: str, single: bool = False) -> str | None:
+    """The tuple that the rows of a system give; `single`: or the one equation that they are."""
+    rows: list[str] = []
+    for row in text.split("\\cr"):
+        content = _ROW_GAP.sub("", row, count=1).replace("&", " ").strip(" ,;.")
+        content = content.removeprefix('"and"').removesuffix('"and"').strip(" ,;.")
+        if content.startswith("=") and rows:
+            rows[-1] += content
+        elif content:
+            rows.append(content)
+    parts = [part for row in rows for part in split(row, ",", ";")]
+    if single and len(parts) == 1 and "=" in parts[0]:
+        return parts[0]
+    return labelled_tuple(parts)

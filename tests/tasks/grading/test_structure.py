@@ -11,6 +11,7 @@ import pytest
 
 from dynamo_jax.tasks.grading.answers import compare, judge
 from dynamo_jax.tasks.grading.matrices import determinant
+from dynamo_jax.tasks.grading.structure import labelled_tuple, without_systems
 from dynamo_jax.tasks.grading.verifier import Verifier
 
 # Letters are positive where both formulas keep roots of them.
@@ -96,12 +97,104 @@ A=\begin{pmatrix}1\\2\end{pmatrix}  ==  \begin{pmatrix}1\\2\end{pmatrix}
 \begin{pmatrix}2&0\\0&2\end{pmatrix}  ==  2\begin{pmatrix}1&0\\0&1\end{pmatrix}
 \begin{pmatrix}\lambda&0\\0&1\end{pmatrix}  !=  \begin{vmatrix}\lambda&0\\0&1\end{vmatrix}
 """
-CASES = [tuple(re.split("  (==|!=)  ", line)) for table in (ROOTS, DETERMINANTS) for line in table.strip().splitlines()]
+# Solved systems and chains are tuples; systems to be solved and functions in pieces are not.
+SYSTEMS = r"""
+(3,-1)  ==  \begin{cases}x=3\\y=-1\end{cases}
+(3,-1)  ==  \begin{cases} x = 3, \\ y = -1. \end{cases}
+(3,-1)  ==  \begin{cases} y = -1 \\ x = 3 \end{cases}
+(3,-1)  ==  \begin{cases} x &= 3 \\ y &= -1 \end{cases}
+(3,-1)  ==  \left\{\begin{array}{l}x=3\\y=-1\end{array}\right.
+(3,-1)  ==  \left\{ \begin{array}{rcl} x & = & 3 \\ y & = & -1 \end{array} \right.
+(3,-1)  ==  \left\{\begin{aligned}x&=3,\\[2pt] y&=-1.\end{aligned}\right.
+(3,-1)  ==  \begin{aligned} x &= 3 \\ y &= -1 \end{aligned}
+(3,-1)  ==  \begin{gathered} x=3 \\ y=-1 \end{gathered}
+(3,-1)  ==  \begin{align*} x&=3\\ y&=-1 \end{align*}
+(3,-1)  ==  \begin{array}{c} x=3 \\ \text{and } y=-1 \end{array}
+(3,-1)  ==  x=3, y=-1
+(3,-1)  ==  x=3 \\ y=-1
+(3,-1)  ==  x=3 \text{ and } y=-1
+(3,-1)  ==  x=3; y=-1
+(3,-1)  ==  (x,y)=(3,-1)
+(3,-1)  ==  (x=3, y=-1)
+(3,-1)  ==  \{x=3, y=-1\}
+(3,-1)  !=  \begin{cases}x=-1\\y=3\end{cases}
+(3,-1)  !=  \begin{cases}y=3\\x=-1\end{cases}
+(3,-1)  !=  \begin{cases}x=3\\y=1\end{cases}
+(3,-1)  !=  \begin{cases}x=3\end{cases}
+(3,-1)  !=  \begin{cases}x=3\\x=-1\end{cases}
+(3,-1)  !=  \begin{cases}x=3\\y=-1\\z=0\end{cases}
+(3,-1)  !=  \begin{cases}x+y=2\\x-y=4\end{cases}
+(3,-1)  !=  \begin{cases}3\\-1\end{cases}
+(3,-1)  !=  \begin{cases}x=3\\ \text{or } y=-1\end{cases}
+(2,4)  !=  \begin{cases}x+y=2\\x-y=4\end{cases}
+\begin{cases}x=3\\y=-1\end{cases}  ==  (3,-1)
+\begin{cases}x=3\\y=-1\end{cases}  ==  x=3, y=-1
+\begin{cases}x=3\\y=-1\end{cases}  ==  \begin{cases}y=-1\\x=3\end{cases}
+\begin{cases}x=3\\y=-1\end{cases}  !=  (-1,3)
+\begin{cases}x=3\\y=-1\end{cases}  !=  3
+\begin{cases}x=3\\y=-1\end{cases}  !=  \begin{cases}x=3\\y=-2\end{cases}
+x=3, y=-1  ==  \begin{cases}x=3\\y=-1\end{cases}
+x=3, y=-1  !=  \begin{cases}x=-1\\y=3\end{cases}
+(1,2,3)  ==  \begin{cases}a=1\\b=2\\c=3\end{cases}
+(1,2,3)  ==  \begin{cases}x=1\\z=3\\y=2\end{cases}
+(1,2,3)  !=  \begin{cases}a=1\\b=3\\c=2\end{cases}
+(1,2),(3,4)  ==  \begin{cases}x=1\\y=2\end{cases} \text{ or } \begin{cases}x=3\\y=4\end{cases}
+(1,2),(3,4)  ==  \left\{\begin{array}{l}x=3\\y=4\end{array}\right., \left\{\begin{array}{l}x=1\\y=2\end{array}\right.
+(1,2),(3,4)  !=  \begin{cases}x=1\\y=2\end{cases} \text{ or } \begin{cases}x=3\\y=5\end{cases}
+(\sqrt{2},\frac{\pi}{4})  ==  \begin{cases}r=\sqrt2\\\theta=\frac{\pi}{4}\end{cases}
+(1,1,1)  ==  x=y=z=1
+(1,1,1)  ==  1=x=y=z
+(1,1,1)  ==  a=b=c=1
+(1,1,1)  !=  x=y=1
+(1,1)  !=  x=y=z=1
+(1,1,1)  !=  x=y=z=2
+(1,1,1)  !=  x=x=x=1
+(1,1,1)  !=  1=1=1
+(x,y,z)=(1,1,1)  ==  x=y=z=1
+x=y=z=1  ==  (1,1,1)
+x=y=z=1  ==  x=1,y=1,z=1
+x=1,y=1,z=1  ==  x=y=z=1
+x=y=z=1  ==  z=y=x=1
+x=y=z=1  ==  1
+(2,2)  ==  a=b=2
+2  ==  a=b=2
+(1,1,2)  ==  x=y=1, z=2
+(1,1,2)  ==  \begin{cases}x=y=1\\z=2\end{cases}
+(1,2,2)  !=  x=y=1, z=2
+3  ==  \begin{aligned} x &= 1+2 \\ &= 3 \end{aligned}
+3  !=  \begin{aligned} x &= 1+1 \\ &= 3 \end{aligned}
+42  !=  \begin{cases}42\\43\end{cases}
+42  !=  \begin{aligned}42\\43\end{aligned}
+f(x)=\begin{cases}x & x>0\\-x & x\le 0\end{cases}  ==  f(x)=\begin{cases}x & x>0\\-x & x\le 0\end{cases}
+\begin{cases}1 & n=0\\ 2 & n=1\end{cases}  ==  \begin{cases}1 & n=0\\ 2 & n=1\end{cases}
+(0,1)  !=  \begin{cases}1, & n=0\\ 2, & m=1\end{cases}
+(1,2)  !=  \begin{cases}a & n=1\\ b & m=2\end{cases}
+(1,2)  !=  \begin{cases}a, n=1\\ b, m=2\end{cases}
+(t,2t)  ==  \begin{cases}x=t\\y=2t\end{cases}
+(a,b)  ==  x=a, y=b
+(b,a)  !=  x=a, y=b
+(3,-1)  !=  (x,y)=(-1,3)
+(3,-1)  ==  \left(x, y\right) = \left(3, -1\right)
+(\frac12,2)  ==  \begin{cases} m=0.5 \\ n=2 \end{cases}
+(3,4,5)  ==  a=3,\ b=4,\ c=5
+(3,4,5)  ==  $a=3$, $b=4$, and $c=5$
+"""
+CASES = [
+    tuple(re.split("  (==|!=)  ", line))
+    for table in (ROOTS, DETERMINANTS, SYSTEMS)
+    for line in table.strip().splitlines()
+]
 HOSTILE = {
     "many equals": "m+n=" * 990 + "13",
     "many roots": r"\sqrt{a" * 600,
     "a large determinant": r"\begin{vmatrix}" + r"1&2&3&4\\" * 400 + r"\end{vmatrix}",
     "nested determinants": r"\begin{vmatrix}1" * 200 + r"\end{vmatrix}" * 200,
+    "nested systems": r"\begin{cases}x=1\\" * 150 + r"\end{cases}" * 150,
+    "many rows": r"\begin{cases}" + r"x=1\\" * 700 + r"\end{cases}",
+    "open systems": r"\begin{cases}" * 280,
+    "many systems": r"\begin{cases}x=1\\y=2\end{cases}" * 110,
+    "rows alone": r"x=1 \cr " * 450,
+    "many names": "x=" * 1900 + "1",
 }
 
 
@@ -136,3 +229,29 @@ def test_small_determinants_are_written_out() -> None:
     for text in (r"\begin{pmatrix}1&2\cr 3&4\end{pmatrix}", r"\begin{vmatrix}1&2\end{vmatrix}", "|x|", "5"):
         assert determinant(text) is None
     assert determinant(r"\begin{vmatrix}" + r"1&2&3&4\cr " * 4 + r"\end{vmatrix}") is None
+
+
+def test_a_system_becomes_a_tuple_only_if_it_is_solved() -> None:
+    solved = r"\begin{cases}x=3\cr y=-1\end{cases}"
+    assert without_systems(solved) == "(3,-1)"
+    assert without_systems(f"{solved} , {solved}") == "(3,-1) , (3,-1)"
+    for text in (
+        r"\begin{cases}x=3\cr x=-1\end{cases}",
+        r"\begin{cases}x+y=3\cr x-y=-1\end{cases}",
+        r"f(x)=\begin{cases}1&x=0\cr 2&x=1\end{cases}",
+        r"\begin{cases}x & x>0\cr -x & x<0\end{cases}",
+        r"\begin{pmatrix}1\cr 2\end{pmatrix}",
+        r"\begin{array}{c}1\cr 2\end{array}",
+    ):
+        assert without_systems(text) == text
+
+
+def test_labelled_tuples() -> None:
+    assert labelled_tuple(["x=1", "y=2"]) == "(1,2)"
+    assert labelled_tuple(["y=2", "x=1"]) == "(1,2)"
+    assert labelled_tuple(["x=a", "y=b"]) == "(a,b)"
+    assert labelled_tuple([r"\theta=2", "r=1"]) == "(1,2)"
+    assert labelled_tuple(["x=y=1", "2=z"]) == "(1,1,2)"
+    assert labelled_tuple(["(x=1,y=2)"]) == "(1,2)"
+    for parts in (["x=1"], ["x=1", "x=2"], ["x=1", "2"], ["x=1", "y="], ["x+y=1", "z=2"], ["1=1", "x=2"], []):
+        assert labelled_tuple(parts) is None
