@@ -13,19 +13,23 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Protocol
 
+from dynamo_jax.tasks.grading.asked import names_quantity
 from dynamo_jax.tasks.grading.exact import NotRationalError, TooLargeError, evaluate
 from dynamo_jax.tasks.grading.extract import extract
-from dynamo_jax.tasks.grading.latex import GREEK, in_radians, key, normalise
+from dynamo_jax.tasks.grading.latex import in_radians, key, normalise
 from dynamo_jax.tasks.grading.matrices import determinant, matrix
 from dynamo_jax.tasks.grading.structure import (
+    COORDINATES,
     Bracketed,
     bracketed,
     is_name,
+    is_solution,
     labelled_tuple,
     members,
     ratio,
     same_argument,
     split,
+    variables,
     without_systems,
 )
 from dynamo_jax.tasks.grading.words import as_words, choice, without_label, without_units, without_words
@@ -36,10 +40,7 @@ _UNEVALUATED = re.compile(r"\\(?:sum|prod|i*int|oint|lim|limsup|liminf)(?![a-zA-
 _OPEN_ENDED = re.compile(r"\\ldots|\\begin\{(?:cases|aligned?|gathered)|\?|\.\.\.")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|approx|equiv|cong|sim|in|to|Rightarrow|Leftrightarrow)(?![a-zA-Z])")
 _BEYOND_RATIONAL = re.compile(r"\\[a-zA-Z]|[a-zA-Z|]")
-_VARIABLE = re.compile(r"\\([a-zA-Z]+)|[a-zA-Z]")
 _EMPTY = {"\\emptyset", "\\{\\}", "\\{ \\}"}
-_CONSTANTS = {"i", "e", "\\pi", "\\infty"}
-_LETTERS = {*GREEK, *(name.capitalize() for name in GREEK), "ell", "hbar"} - {"pi"}
 
 
 class Algebra(Protocol):
@@ -235,15 +236,15 @@ class _Comparison:
                 return self.value(*whole)
         if len(golds) == 2 and is_name(golds[1]) and not is_name(golds[0]):
             golds.reverse()
-        labels = [is_name(link) for link in answers]
-        if labels == [False, True]:  # 13 = x
+        labels = [is_name(link) or (len(golds) == 1 and names_quantity(link, gold)) for link in answers]
+        if labels == [False, True]:  # 13 = m+n
             answers.reverse()
             labels.reverse()
         if len(answers) == 1:
             labelled = len(golds) == 1 or is_name(golds[0])
             return self.value(golds[-1], answers[0]) if labelled else False
         if len(golds) == 1:
-            # `x = 27 \cdot 20 = 540` is the value 540 only if every link of the chain holds.
+            # `x = m+n = 5 \cdot 2 + 3 = 13` is the value 13 only if every link of the chain holds.
             first = next((place for place, label in enumerate(labels[:-1]) if not label), len(labels) - 1)
             return _all(self.value(gold, link) for link in reversed(answers[first:]))
         if len(golds) != 2 or len(answers) != 2:
@@ -269,10 +270,12 @@ class _Comparison:
             # y = x + 1 and f(x) = x + 1 name the same function
             function = [n == "y" or re.fullmatch(r"[a-zA-Z]\([a-zA-Z]\)", n) for n in (key(gold[0]), key(answer[0]))]
             same_name = same_name or (all(function) and "y" in (key(gold[0]), key(answer[0])))
-            coordinates = {gold[0].strip(), answer[0].strip()} <= {"x", "y", "z"}
+            coordinates = {gold[0].strip(), answer[0].strip()} <= COORDINATES
             constant = self.number(gold[1]) is not None
             if same_name or (constant and not coordinates):
                 return self.value(gold[1], answer[1])
+        if is_name(gold[0]) and is_solution(*gold):
+            return False  # 2x + 1 = 7 for x = 3 restates the problem
         if self.algebra is None:
             return None
         return self.algebra.same_equation((gold[0], gold[1]), (answer[0], answer[1]))
@@ -327,12 +330,12 @@ class _Comparison:
             return as_words(gold) == as_words(answer) is not None
         if "\\infty" in (gold.lstrip("+ "), answer.lstrip("+ ")):
             return gold.lstrip("+ ") == answer.lstrip("+ ")
-        variables, others = _variables(gold), _variables(answer)
+        letters, others = variables(gold), variables(answer)
         if expected is not None and not _BEYOND_RATIONAL.search(answer):
             return False  # the exact path would have read it
         if _RELATION.search(answer) and not _RELATION.search(gold):
             return False
-        if (others and not variables) or (variables and self.number(answer) is not None):
+        if (others and not letters) or (letters and self.number(answer) is not None):
             return False
         if gold_percent != answer_percent:
             return False
@@ -368,15 +371,6 @@ def _different_base(gold: str, answer: str) -> bool:
     bases = [re.fullmatch(r"-?[0-9A-F]+\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))", text) for text in (gold, answer)]
     values = {match.group(1) or match.group(2) for match in bases if match}
     return len(values) > 1
-
-
-def _variables(text: str) -> set[str]:
-    found = set()
-    for match in _VARIABLE.finditer(text):
-        name = match.group(0)
-        if name not in _CONSTANTS and (match.group(1) is None or match.group(1) in _LETTERS):
-            found.add(name)
-    return found
 
 
 __all__ = ["Algebra", "check_gold", "compare", "extract", "judge"]

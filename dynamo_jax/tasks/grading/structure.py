@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
-from dynamo_jax.tasks.grading.latex import closing_brace, key
+from dynamo_jax.tasks.grading.latex import GREEK, closing_brace, key
 from dynamo_jax.tasks.grading.words import without_remark
 
 _TOKEN = re.compile(r"\\begin\{[a-zA-Z*]+\}|\\end\{[a-zA-Z*]+\}|\\[a-zA-Z]+|\\.|.", re.DOTALL)
@@ -29,6 +29,10 @@ _MAX_NAMES = 8  # of a labelled tuple
 _SHORT_NAME = re.compile(_LETTER + _INDEX)
 _SIGN = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
 _EXCLUSION = re.compile(r"(?P<base>.+?)\s*\\setminus\s*(?P<points>\\\{.*\\\})", re.DOTALL)
+_NO_NAME = re.compile(  # sin(x) and x(x-1)
+    r"\\(?:(?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|ln|log|exp)(?![a-zA-Z])"
+    r"|([a-zA-Z])\s*\(.*(?<![\\a-zA-Z])\1(?![a-zA-Z])"
+)
 _SYSTEM = re.compile(
     r"(?P<left>\\\{\s*)?\\begin\{(?P<kind>[dr]?cases|array|align(?:ed|\\cdot )?|gathered|split)\}"
     r"\s*(?:\[[bct]\]|\{[lcr| ]*\})?"
@@ -36,6 +40,11 @@ _SYSTEM = re.compile(
     re.DOTALL,
 )
 _ROW_GAP = re.compile(r"\s*\[[\d.]+ ?[a-z]{2}\]")
+_VARIABLE = re.compile(r"\\([a-zA-Z]+)|[a-zA-Z]")
+_CONSTANTS = {"i", "e", "\\pi", "\\infty"}
+LETTERS = {*GREEK, *(name.capitalize() for name in GREEK), "ell", "hbar"} - {"pi"}
+COORDINATES = {"x", "y", "z"}
+_SIZE = re.compile(r"\|[A-Z\s]*(?:\\c[au]p\s*[A-Z]\s*)+\|")  # of a union of sets
 _REALS = {"\\mathbb{R}", '"all real numbers"', '"real numbers"', '"all reals"'}
 
 
@@ -76,6 +85,8 @@ def members(text: str, thousands: bool, independent: bool = False) -> list[str]:
         return []
     if thousands and "," in text:
         text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m.group(0).replace(",", ""), text)
+    if "\\cup" in text and "|" in text:  # |A \\cup B| = 7 is no union
+        text = _SIZE.sub(lambda m: m.group(0).replace("\\cup", "\\vee"), text)
     found: list[str] = []
     for part in map(_without_membership, map(without_remark, split(text, ",", ";", "\\cup"))):
         inside = _inside(part, "\\{", "\\}")
@@ -148,7 +159,23 @@ def bracketed(text: str) -> Bracketed | None:
 def is_name(text: str) -> bool:
     """Could it be a label before an equals sign: `x`, `f(n)`, `m_{\\max}`, `(p,q,r)`, `\\angle ABC`, words."""
     text = re.sub(r"^\{([a-zA-Z])\}$", r"\1", text.strip())
-    return len(text) <= 80 and _NAME.fullmatch(text) is not None
+    return len(text) <= 80 and _NAME.fullmatch(text) is not None and not _NO_NAME.match(text)
+
+
+def variables(text: str) -> set[str]:
+    """Its letters but for constants and names of functions."""
+    found = set()
+    for match in _VARIABLE.finditer(text):
+        name = match.group(0)
+        if name not in _CONSTANTS and (match.group(1) is None or match.group(1) in LETTERS):
+            found.add(name)
+    return found
+
+
+def is_solution(name: str, value: str) -> bool:
+    """Does `name = value` tell an unknown's value? The equation of a curve or a relation (`y = 2x`) doesn't."""
+    letters = variables(value)
+    return not letters or (name.strip() in COORDINATES and not letters & COORDINATES)
 
 
 def same_argument(gold: str, answer: list[str]) -> list[str]:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import pytest
 
 from dynamo_jax.tasks.grading.answers import compare, judge
+from dynamo_jax.tasks.grading.asked import names_quantity
+from dynamo_jax.tasks.grading.latex import normalise
 from dynamo_jax.tasks.grading.matrices import determinant
-from dynamo_jax.tasks.grading.structure import labelled_tuple, without_systems
+from dynamo_jax.tasks.grading.structure import is_name, labelled_tuple, without_systems
 from dynamo_jax.tasks.grading.verifier import Verifier
 
 # Letters are positive where both formulas keep roots of them.
@@ -179,9 +181,362 @@ f(x)=\begin{cases}x & x>0\\-x & x\le 0\end{cases}  ==  f(x)=\begin{cases}x & x>0
 (3,4,5)  ==  a=3,\ b=4,\ c=5
 (3,4,5)  ==  $a=3$, $b=4$, and $c=5$
 """
+# A left side that names the asked quantity, and equations that are still to be solved.
+NAMED = r"""
+13  ==  m+n=13
+13  ==  13=m+n
+13  ==  m+n = 5+8 = 13
+13  !=  m+n = 5+9 = 13
+13  !=  m+n = 14
+9  ==  N \bmod 1000 = 9
+9  ==  9 = N \bmod 1000
+7  ==  [ABC]=7
+7  ==  S = [ABC] = 7
+1/2  ==  \frac{a}{b}=\frac12
+\frac{1}{2}  ==  \dfrac{AB}{CD} = 0.5
+13  ==  a+b+c=13
+25  ==  a^2+b^2 = 25
+25  ==  a² + b² = 25
+5  ==  |AB| = 5
+12  ==  AB \cdot CD = 12
+12  ==  AB \times CD = 12
+\frac13  ==  P(A \cap B) = \frac13
+5  ==  f(3)=5
+5  ==  f'(2)=5
+60  ==  \angle ABC = 60^\circ
+\frac35  ==  \sin\theta = \frac{3}{5}
+\frac35  ==  \sin \angle ABC = 0.6
+55  ==  S_{10} = 55
+3  ==  a_1+a_2 = 3
+6  ==  xy = 6
+42  ==  10a+b = 42
+314  ==  \lfloor 100\pi \rfloor = 314
+314  !=  \lfloor 100\pi \rfloor = 315
+3  ==  \left\lfloor x \right\rfloor = 3
+5  ==  \max f = 5
+12  ==  \text{lcm}(a,b) = 12
+12  ==  \operatorname{lcm}(a, b) = 12
+120  ==  n! = 120
+7  ==  |A \cup B| = 7
+7  ==  |A \cap B| = 7
+2\sqrt{3}  ==  x+y = \sqrt{12}
+2\sqrt{3}  !=  x+y = \sqrt{13}
+\frac{a}{b}  ==  \cos\theta = \frac{a}{b}
+2gh  ==  v^2 = 2gh
+\frac{x-1}{2}  ==  f^{-1}(x) = \frac{x-1}{2}
+3:5  ==  AB:CD = 3:5
+7  !=  2x+1=7
+3  !=  2x+1=7
+x=3  !=  2x+1=7
+x=3  !=  7=2x+1
+x=3  !=  2x=6
+x=3  !=  x-3=0
+x=3  !=  x=2
+x=3  ==  3=x
+x=3  ==  x=\frac{6}{2}=3
+x=3  !=  x=\frac{6}{2}=4
+x=4  !=  2x-4=4
+4  !=  2x-4=4
+7  !=  2x-7=7
+3  !=  x+1=4
+4  !=  x+1=4
+x=3  !=  x=4
+m=13  !=  m+n=13
+x=5  !=  x+y=5
+(2,3)  !=  x+y=5
+1  !=  x^2=1
+x=1  !=  x^2=1
+0  !=  x^2-5x+6=0
+0  !=  x(x-1)=0
+0  !=  \sin x=0
+0  !=  \sin(x)=0
+3  !=  1+1=3
+3  !=  1+1=2=3
+13  !=  12=13
+13  !=  13=12
+13  ==  13=13
+x=\frac{b-c}{2}  !=  2x+c=b
+x=\frac{b-c}{2}  ==  x=\frac{b}{2}-\frac{c}{2}
+y=2x+1  ==  y-2x=1
+n=k+4  ==  n-k=4
+9  !=  x^2=9
+9  !=  3x=9
+9  !=  y=9, z=9
+13  !=  m=5, n=8, m+n=13
+13  !=  m+n=13, 14
+13  !=  m+n \le 13
+13  !=  m+n \approx 13.2
+13  !=  \text{not } m+n = 13
+a+b  ==  c=a+b
+a+b  !=  a+b=3
+x^2+y^2=4  !=  4
+m+n=13  !=  12
+m+n=13  ==  13=m+n
+m+n=13  ==  n+m=13
+m+n=13  !=  m+n=12
+7  ==  |A \cup B \cup C| = 7
+7  !=  |A \cup B| = 8
+(0,1)\cup(2,3)  ==  (0,1) \cup (2,3)
+x=3  !=  y=3
+x=\sqrt{2}  !=  x-\sqrt2=0
+M=\frac{9}{32}\sqrt{2}  ==  M=\frac{9\sqrt{2}}{32}
+k=5  ==  n=5
+5  ==  a^2+b^2+c^2 = 5
+5  ==  \frac{x+y}{2} = 5
+5  ==  \frac{1}{a}+\frac{1}{b}+\frac{1}{c} = 5
+\frac{25}{4}  ==  R^2 = \frac{25}{4}
+5  ==  OA^2 + OB^2 = 5
+5  ==  \overline{AB} + \overline{CD} = 5
+5  ==  5 = x_1 + x_2
+5  ==  \log_2 a + \log_2 b = 5
+204  ==  p+q = 204
+\frac{3}{4}  ==  \cos A \cos B = \frac{3}{4}
+100  ==  m^2+n^2 = 100 \text{ units}
+\sqrt{2}  ==  \tan\alpha = \sqrt{2}
+1+\sqrt{2}  !=  \tan\alpha = 1-\sqrt{2}
+\pi  ==  \theta + \phi = \pi
+2\pi  !=  \theta + \phi = \pi
+3+4i  ==  a+bi=3+4i
+i  ==  z = i
+2  ==  \max\{a,b\} = 2
+2  ==  \gcd(m,n)=2
+6  ==  \phi(n) = 6
+16  ==  f(1)+f(3) = 16
+x^2  ==  (f \circ g)(x) = x^2
+-1  ==  \frac{f(2)}{g(2)} = -1
+13  ==  m+n = \boxed{13}
+\frac{1}{2}  ==  P(X > 2) = \frac{1}{2}
+0  ==  f(3)=0
+0  ==  a+b=0
+0  !=  x+y=0
+0  !=  ax+by+c=0
+1  ==  \tan 45^\circ = 1
+2  !=  x+2=4
+6  !=  2n=6
+6  !=  n-1=6
+6  !=  \frac{n}{2}=6
+6  !=  \sqrt{x+1}=6
+6  !=  |x-3|=6
+6  !=  2^x=6
+6  !=  e^x=6
+6  !=  x^2-x=6
+6  !=  (x-1)(x+2)=6
+6  !=  x(x+1)=6
+n=6  !=  n^2=36
+n=6  !=  2n=12
+n=6  !=  12=2n
+n=6  !=  n-6=0
+k=6  !=  k+1=7
+a=2,b=3  !=  a+b=5
+x=2  !=  x^2=4
+x=-2  !=  x^2=4
+x=2, x=-2  !=  x^2=4
+2,-2  !=  x^2=4
+f(x)=x+1  ==  y=x+1
+x^2+y^2=4  ==  x^2+y^2-4=0
+2  !=  x=y
+4  !=  2+2=x=5
+4  ==  x=2+2=4
+4  ==  m+n=x=4
+4  !=  m+n=x=4=5
+\begin{pmatrix}1&0\\0&1\end{pmatrix}  ==  A^{-1} = \begin{pmatrix}1&0\\0&1\end{pmatrix}
+13  ==  \begin{aligned} m+n &= 13 \end{aligned}
+"""
+# Left side and value; the first are what was asked, the second are equations.
+ASKED = r"""
+m+n;13
+N \bmod 1000;9
+[ABC];7
+\frac{a}{b};\frac12
+a+b+c;13
+a^2+b^2;25
+AB \cdot CD;12
+AB^2;13
+|AB|^2;13
+|AB|+|CD|;13
+|AB||CD|;13
+\sin\theta;\frac35
+\sin 2\theta;\frac{24}{25}
+\tan\theta;2
+\tan\frac{A}{2};2
+\cos\angle ABC;1/2
+\sin^2\theta;1
+a_1+a_2;3
+x+y;5
+xy;6
+10a+b;42
+100m+10n+p;123
+\lfloor 100x \rfloor;314
+\lfloor x \rfloor;3
+\left\lceil \log_2 N\right\rceil;3
+\max f;5
+\max_{x} f(x);5
+\min\{a,b\};3
+\text{lcm}(a,b);12
+\operatorname{lcm}(a,b)+1x;12
+\gcd(m,n);1
+n!;120
+r^2;13
+\frac{m+n}{2};3
+x+\frac1x;3
+x^2+\frac{1}{x^2};7
+\frac1a+\frac1b;2
+f(1)+f(2);3
+f(f(2));3
+f^{-1}(3);5
+f''(1)+f(0);5
+f^{(10)}(0);5
+\frac{AB}{CD};2
+\frac{[ABC]}{[DEF]};2
+\angle A + \angle B;90
+m\angle ABC;60
+\text{Area}(ABC);12
+\text{area of }\triangle ABC;12
+\mathbb{E}[X];3
+\sqrt{a}+\sqrt{b};3
+\sqrt{ab};3
+\log_a b;3
+\log_2 x;3
+|z|^2;5
+|a-b|;5
+|z_1+z_2|;5
+x_1x_2;5
+m:n;3:5
+a:b:c;1:2:3
+P(A)+P(B);1
+(a+b)^2;25
+a^b;8
+(m+n) \bmod 1000;9
+m+n \bmod 1000;9
+N mod 1000;9
+\overline{ab}+\overline{ba};99
+\vec{u}\cdot\vec{v};0
+u\cdot v;0
+\det A;5
+\alpha\beta;5
+\alpha^2+\beta^2;5
+\cos\theta;\frac{a}{b}
+v^2;2gh
+f^{-1}(x);\frac{x-1}{2}
+\|u+v\|;5
+(a+b,ab);(3,2)
+A^{-1};\begin{pmatrix}1&2\end{pmatrix}
+A^T B;\begin{pmatrix}1&2\end{pmatrix}
+a+bi;3+4i
+a+b;0
+\sin A+\sin B;0
+\lfloor x\rfloor;0
+N \bmod 7;0
+\binom{n}{k};10
+A B C;5
+\text{rank } A;3
+\arg z;\frac{\pi}{3}
+|A \cap B|;7
+AB \sin A;3
+(f \circ g)(2);3
+(f\circ g)(x);x^2
+ab\sin C;12
+\frac12 ab\sin C;12
+\frac{dy}{dx};2x
+\frac{dy}{dx};0
+\frac{\partial f}{\partial x};2x
+\frac{d^2y}{dx^2};2
+\left|\vec{a}+\vec{b}\right|;\sqrt{7}
+|\sin x|;1
+-a-b;3
+2a-b;3
+\sin x+\cos x;\frac15
+"""
+EQUATIONS = r"""
+2x+1;7
+2x-7;7
+x+1;4
+3x;9
+-x;3
+x^2;9
+x^2;4
+x^2-5x+6;0
+x^2+x;6
+x^2+x;0
+\frac{x}{2};3
+\sqrt{x};3
+\sqrt{x+1};3
+\sqrt{x};1
+|x-2|;5
+|2x|;4
+2^x;8
+e^x;5
+e^{2x};5
+x+y-1;0
+x+y;0
+2x-y;0
+ax^2+bx+c;0
+x(x-1);0
+x(x+1);6
+n(n+1);6
+r^2;1
+r^2;0
+n!;1
+n!;2
+\sin x;0
+2\sin x;1
+x+\frac6x;5
+\frac{1}{x};2
+\frac{1}{a};1
+a^2+a;6
+\binom{n}{2};10
+1+1;3
+12;13
+\pi+1;4
+\pi;3
+e;3
+i;3
+e+i;3
+5m;13
+m+5;13
+(x-1)(x+2);4
+\log_2(x+1)+1;4
+m \le (n);13
+m+;13
++;13
+;13
+a+b;a+b
+x+y;y
+\text{not }m;13
+\text{half of } N;13
+不是;13
+m = n;13
+\cdot;13
+\sin 30;1
+\frac12 x;3
+x \cdot 0;0
+\begin{pmatrix}a\end{pmatrix};3
+\sum a_i;5
+(;3
+|;3
+[;3
+{;3
+x^{2}(y+1)-1;3
+1 x;3
+x+\sin x;3
+x\lfloor x\rfloor;6
+x+|x|;4
+2^a \cdot 3^b;72
+2^{k-n};2
+e^{-at}-e^{-bt};2
+xf(x);3
+r^3;-1
+\frac{d}{a;2
+\frac{1}{a};-1
+x+|x|;4
+|x|+x;4
+\frac{d a}{b};d
+\theta+\sin\theta;2
+\arcsin{1.3 \sin{\theta_w}};3
+"""
 CASES = [
     tuple(re.split("  (==|!=)  ", line))
-    for table in (ROOTS, DETERMINANTS, SYSTEMS)
+    for table in (ROOTS, DETERMINANTS, SYSTEMS, NAMED)
     for line in table.strip().splitlines()
 ]
 HOSTILE = {
@@ -195,6 +550,13 @@ HOSTILE = {
     "many systems": r"\begin{cases}x=1\\y=2\end{cases}" * 110,
     "rows alone": r"x=1 \cr " * 450,
     "many names": "x=" * 1900 + "1",
+    "many terms": "a+" * 1900 + "b=13",
+    "short terms": "=".join(["a+b"] * 900) + "=1",
+    "deep functions": r"\sin" * 700 + "x=1",
+    "deep brackets": "(" * 90 + "m+n" + ")" * 90 + "=1",
+    "deep fractions": r"\frac{1}{" * 18 + "m" + "}" * 18 + "=1",
+    "bars": "|" * 150 + "m+n=1",
+    "primes": "m" + "'" * 180 + "=1",
 }
 
 
@@ -255,3 +617,22 @@ def test_labelled_tuples() -> None:
     assert labelled_tuple(["(x=1,y=2)"]) == "(1,2)"
     for parts in (["x=1"], ["x=1", "x=2"], ["x=1", "2"], ["x=1", "y="], ["x+y=1", "z=2"], ["1=1", "x=2"], []):
         assert labelled_tuple(parts) is None
+
+
+@pytest.mark.parametrize("line", ASKED.strip().splitlines())
+def test_what_names_a_quantity(line: str) -> None:
+    left, _, value = line.partition(";")
+    assert names_quantity(normalise(left), normalise(value))
+
+
+@pytest.mark.parametrize("line", EQUATIONS.strip().splitlines())
+def test_what_is_still_to_be_solved(line: str) -> None:
+    left, _, value = line.partition(";")
+    assert not names_quantity(normalise(left), normalise(value))
+
+
+def test_names() -> None:
+    for text in ("x", "f(n)", "P(A \\cap B)", "m_{\\max}", "(p,q,r)", "\\angle ABC", "area"):
+        assert is_name(text)
+    for text in ("x(x-1)", "n(n+1)", "\\sin(x)", "\\ln(x)", "2x", "x+y"):
+        assert not is_name(text)
