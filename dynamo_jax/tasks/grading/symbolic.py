@@ -2,8 +2,8 @@
 
 Runs only inside a killable worker (`verifier_worker.py`): the parser has no time bound. Two formulas are equal where
 they agree to 80 digits at every one of several random points; analytic expressions that do so and yet differ are not
-found by chance. Letters take either sign, except between two formulas that both keep roots of letters: those may
-also be equal for positive letters alone, as physics writes them (`_keeps_roots`). This never simplifies, solves or
+found by chance. Letters take either sign, but two formulas that keep roots may also be equal for positive letters
+alone, as physics writes them (`_for_positive_letters`). This never simplifies, solves or
 expands, whose time nothing bounds. The values are computed by `_Evaluator`, node by node, with bounds on every
 argument; no text is evaluated as code.
 """
@@ -67,7 +67,7 @@ class Symbolic:
     def _equal(cls, left: Any, right: Any) -> bool:
         if cls._agree(left, right):
             return True
-        return _keeps_roots(left) and _keeps_roots(right) and cls._agree(left, right, positive=True)
+        return _for_positive_letters(left, right) and cls._agree(left, right, positive=True)
 
     @staticmethod
     def _agree(left: Any, right: Any, positive: bool = False) -> bool:
@@ -166,34 +166,39 @@ def _parse(text: str, log: str = "\\ln ") -> Any:
     return parsed
 
 
-def _keeps_roots(formula: Any) -> bool:
-    """Is there a root of letters in it, as in `2 r \\sqrt{G \\rho}`, and no absolute value?
+def _for_positive_letters(left: Any, right: Any) -> bool:
+    """Do both formulas keep a root, and one of them a root of letters: `2 r \\sqrt{G}` and `\\sqrt{4 G r^2}`?
 
-    Such a formula is real for positive letters, and pulls them out of its roots freely. `|x|` says that signs matter,
-    and of `\\sqrt{x^2}` and `x` only one keeps the root: that is the textbook's question about the sign of x.
+    Physics takes its letters as positive and pulls them out of roots freely. Not where an absolute value says that
+    signs matter; and of `\\sqrt{x^2}` and `x` only one keeps a root: that is the textbook's question about signs.
     """
-    if formula.has(sympy.Abs, sympy.sign):
+    formulas = (left, right)
+    if any(formula.has(sympy.Abs, sympy.sign) for formula in formulas):
         return False
-    powers = formula.atoms(sympy.Pow)
-    return any(power.exp.is_integer is False and power.base.free_symbols for power in powers)
+    roots = [
+        [p.base for p in formula.atoms(sympy.Pow) if isinstance(p.exp, sympy.Rational) and p.exp.q > 1]
+        for formula in formulas
+    ]
+    return all(roots) and any(base.free_symbols for bases in roots for base in bases)
 
 
 def _points(*expressions: Any, positive: bool = False) -> Iterator[_Evaluator]:
     """Random points, the same ones each time: positive ones, then mixed signs; whole numbers where there are steps.
 
-    `positive`: no negative ones.
+    `positive`: no negative ones, but further out, where a sine or cosine is negative.
     """
     rng = random.Random(2602)  # noqa: S311
     stepped = any(e.has(*_STEPS) for e in expressions)
-    for index in range(3 * POINTS if stepped else 2 * POINTS):
-        yield _Evaluator(rng, whole=stepped, negative=not (stepped or positive) and index >= POINTS)
+    for index in range(3 * POINTS if stepped or positive else 2 * POINTS):
+        negative = not (stepped or positive) and index >= POINTS
+        yield _Evaluator(rng, whole=stepped, negative=negative, reach=3 if positive else 1)
 
 
 class _Evaluator:
     """The values of formulas at one random point."""
 
-    def __init__(self, rng: random.Random, whole: bool, negative: bool) -> None:
-        self.rng, self.whole, self.negative = rng, whole, negative
+    def __init__(self, rng: random.Random, whole: bool, negative: bool, reach: int) -> None:
+        self.rng, self.whole, self.negative, self.reach = rng, whole, negative, reach
         self.symbols: dict[str, Any] = {}
         self.terms = 0  # of sums and products so far
 
@@ -242,7 +247,7 @@ class _Evaluator:
                 drawn = mpmath.mpf(self.rng.randint(4, 25))
             else:
                 drawn = mpmath.mpf(self.rng.randint(10**20, 4 * 10**20)) / 10**20
-                drawn = drawn / 3 if self.rng.random() < 0.5 else drawn
+                drawn = drawn / 3 if self.rng.random() < 0.5 else drawn * self.reach
                 if self.negative and self.rng.random() < 0.6:
                     drawn = -drawn
             self.symbols[name] = drawn

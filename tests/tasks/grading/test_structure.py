@@ -63,6 +63,14 @@ v = \sqrt{2 g h^2 k}  ==  v = h\sqrt{2gk}
 (r\sqrt{G\rho}, 1)  ==  (\sqrt{G \rho r^2}, 1)
 """
 # A determinant is a number, its matrix is not.
+a\sqrt{2}  ==  \sqrt{2a^2}
+\sqrt{2a^2}  !=  -a\sqrt{2}
+\sqrt{4x^2}  !=  2x
+\sqrt{2}(x-1)  !=  \sqrt{2(x-1)^2}
+\frac{\sqrt{3}}{2}\sin x  !=  \sqrt{\frac{3}{4}\sin^2 x}
+\sqrt{a}\cos x  !=  \sqrt{a \cos^2 x}
+\sqrt{3}|x|  !=  x\sqrt{3}
+\sqrt{3}|x|  ==  \sqrt{3x^2}
 DETERMINANTS = r"""
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  !=  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}
 \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  !=  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
@@ -629,6 +637,13 @@ def test_what_names_a_quantity(line: str) -> None:
 def test_what_is_still_to_be_solved(line: str) -> None:
     left, _, value = line.partition(";")
     assert not names_quantity(normalise(left), normalise(value))
+
+
+def test_towers_of_roots_cost_no_worker(verifier: Verifier) -> None:
+    before = verifier.counts["killed"]
+    for gold in ("42", r"\sqrt{2x^2}"):
+        assert not verifier.grade(r"\boxed{x\sqrt{2}^{\sqrt{2}^{\sqrt{2}^{\sqrt{2}^{10^{9}}}}}}", gold)
+    assert verifier.counts["killed"] == before
 
 
 def test_names() -> None:
