@@ -241,7 +241,7 @@ class _Comparison:
             answers.reverse()
             labels.reverse()
         if len(answers) == 1:
-            labelled = len(golds) == 1 or is_name(golds[0])
+            labelled = len(golds) == 1 or is_name(golds[0]) or names_quantity(golds[0], golds[-1], strictly=True)
             return self.value(golds[-1], answers[0]) if labelled else False
         if len(golds) == 1:
             # `x = m+n = 5 \cdot 2 + 3 = 13` is the value 13 only if every link of the chain holds.
@@ -252,13 +252,12 @@ class _Comparison:
         return self.equation(golds, answers)
 
     def chain(self, gold: list[str], answer: list[str]) -> bool | None:
-        """`x = 6/2 = 3` and `x = 3`: the same names, and every other link is the value."""
-        (names, values), (found_names, found) = (
-            ({key(side) for side in sides if is_name(side)}, [side for side in sides if not is_name(side)])
-            for sides in (gold, answer)
-        )
-        if names and names == found_names and values and found:
-            return _all(self.value(values[-1], link) for link in found)
+        """`x = a+b = 6/2 = 3` and `x = 3`: the same names, and every link that is no label is the value."""
+        names, found_names = ({key(side) for side in sides if is_name(side)} for sides in (gold, answer))
+        value, last = gold[-1], answer[-1]
+        if names and names == found_names and key(value) not in names and key(last) not in names:
+            links = [link for link in answer[:-1] if not (is_name(link) or names_quantity(link, value))]
+            return _all(self.value(value, link) for link in (last, *links))
         return _all(map(self.value, gold, answer)) if len(gold) == len(answer) else False
 
     def equation(self, gold: list[str], answer: list[str]) -> bool | None:

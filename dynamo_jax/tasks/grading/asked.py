@@ -27,7 +27,8 @@ from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 from dynamo_jax.tasks.grading.structure import LETTERS, variables
 
 MAX_CHARS, MAX_DEPTH = 200, 8
-_TOKEN = re.compile(r'\\[a-zA-Z]+|\\.|"[^"]*"|\d+(?:\.\d+)?|(?<![a-zA-Z])mod(?![a-zA-Z])|\S')
+_PLAIN = {"mod": "\\bmod", "%": "\\bmod"} | {name: f"\\{name}" for name in ("max", "min", "gcd", "lcm", "det")}
+_TOKEN = re.compile(r'\\[a-zA-Z]+|\\.|"[^"]*"|\d+(?:\.\d+)?|(?<![a-zA-Z])(?:mod|max|min|gcd|lcm|det)(?![a-zA-Z])|\S')
 _CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 _ELEMENTARY = {f"\\{name}" for name in "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log".split()}
 _FUNCTIONS = {
@@ -44,6 +45,10 @@ _NAMED = re.compile(
     r'|cov|sum|product|mean|average|median|probability)(?: of)?"',
     re.IGNORECASE,
 )
+_DERIVATIVE = re.compile(  # dy/dx, with a space between tokens
+    r"\\frac \{ (d|\\partial)(?: \^ (?:\{ )?\w(?: \})?)?(?: (?:[a-zA-Z]|\\[a-zA-Z]+)){0,3} \}"
+    r" \{ (?:\1 (?:[a-zA-Z]|\\[a-zA-Z]+)(?: \^ (?:\{ )?\w(?: \})?)? )+\}"
+)
 _ARGUMENT = _MARKS | {"\\frac", "\\sqrt", "\\pi"}  # besides numbers and letters, of a function without brackets
 _UNKNOWN = {"x", "y", "z"}
 _CONSTANTS = {"e", "i"}
@@ -53,10 +58,11 @@ class _EquationError(ValueError):
     """The text names no quantity."""
 
 
-def names_quantity(text: str, value: str) -> bool:
+def names_quantity(text: str, value: str, strictly: bool = False) -> bool:
     """Does the side `text` of an equation name what was asked, so that its other side `value` is the answer?
 
-    Both are normalised; see the module's docstring for what names a quantity.
+    Both are normalised; see the module's docstring for what names a quantity. `strictly`, for references: what could be
+    a relation (`a+b = 5`, `\\cos t = \\frac{a}{b}`) does not.
     """
     try:
         quantity = _Quantity(text)
@@ -70,6 +76,8 @@ def names_quantity(text: str, value: str) -> bool:
         number = evaluate(value)
     except NotRationalError:
         number = None
+    if strictly and (quantity.bare or number == 0 or variables(value)):
+        return False
     if len(atoms) > 1:
         return number != 0 or not quantity.unknown  # x + y = 0 may be a line
     return not quantity.counted and not quantity.unknown and number not in quantity.solutions
@@ -79,7 +87,7 @@ class _Quantity:
     """A recursive descent. Each method returns the letters and function values of what it reads."""
 
     def __init__(self, text: str) -> None:
-        self.tokens = _TOKEN.findall(text) if len(text) <= MAX_CHARS else self.fail()
+        self.tokens = [_PLAIN.get(t, t) for t in _TOKEN.findall(text)] if len(text) <= MAX_CHARS else self.fail()
         self.position = self.depth = self.bars = 0
         self.letters: set[str] = set()  # all but the arguments of f(x)
         self.bare: set[str] = set()  # small letters outside and
@@ -131,7 +139,7 @@ class _Quantity:
         while self.peek() and self.peek() not in ("+", "-", ",", *_CLOSING.values()):
             if self.bars and self.peek() in ("|", "\\|"):
                 break
-            if self.take("\\bmod", "mod"):
+            if self.take("\\bmod"):
                 self.argument()
                 self.counted, self.unknown, self.solutions = before
                 found = {self.since(start)} if found else set()
@@ -243,22 +251,20 @@ class _Quantity:
 
     def fraction(self, start: int) -> set[str]:
         """A reciprocal is a value of its own: `x + \\frac{1}{x}` is asked, `x + \\frac{6}{x} = 5` is to be solved."""
-        if self.tokens[start + 2 : start + 3] in (["d"], ["\\partial"]):  # of a derivative
-            self.skip()
-            if self.tokens[self.position : self.position + 2] != ["{", self.tokens[start + 2]]:
-                self.fail()
-            self.skip()
+        if derivative := _DERIVATIVE.match(" ".join(self.tokens[start : start + 40])):
+            self.position = start + len(derivative.group(0).split())
             return {self.since(start)}
         counted = self.counted
         top = self.argument()
         if self.tokens[start + 1 : self.position] != ["{", "1", "}"]:
             return top | self.argument()
         self.counted = counted
-        if self.argument():
+        bottom = self.argument()
+        if len(bottom) == 1:
             self.solutions |= {-1, 1}
             return {self.since(start)}
-        self.counted = True
-        return set()
+        self.counted |= not bottom
+        return bottom
 
     def function(self, token: str, start: int) -> set[str]:
         if token in _ELEMENTARY:

@@ -20,6 +20,7 @@ _NAME = re.compile(
     rf"|\\(?:angle|triangle|overline|vec|hat|bar|widehat)\s*\{{?[A-Za-z0-9_{{}} ]+\}}?|\|\s*[A-Za-z]+\s*\|"
     rf"|[A-Z][\w{{}}]{{0,9}}\s*:\s*[A-Z][\w{{}}]{{0,9}}"  # a ratio of lengths, areas, volumes
     rf"|\\frac\{{\s*[A-Z]{{2}}\s*\}}\{{\s*[A-Z]{{2}}\s*\}}"
+    r"|\\begin\{[pb]matrix\}(?:\s*[a-zA-Z](?:_\{?\w\}?)?\s*(?:&|\\cr|(?=\\end)))+\\end\{[pb]matrix\}"
     rf"|\(\s*{_LETTER}{_INDEX}(?:\s*,\s*{_LETTER}{_INDEX})*\s*\)|[A-Za-z]\s*\([^()]*\))"
 )
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")

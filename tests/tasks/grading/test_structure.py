@@ -3,6 +3,8 @@
 Reference, `==` right or `!=` wrong, answer.
 """
 
+# ruff: noqa: RUF001 - look-alike characters are among the cases
+
 import re
 import time
 from collections.abc import Iterator
@@ -61,8 +63,6 @@ a\sqrt{b}  !=  \sqrt{a b^2}
 v = \sqrt{2 g h^2 k}  ==  v = h\sqrt{2gk}
 \ln(a\sqrt{b})  ==  \ln\sqrt{a^2b}
 (r\sqrt{G\rho}, 1)  ==  (\sqrt{G \rho r^2}, 1)
-"""
-# A determinant is a number, its matrix is not.
 a\sqrt{2}  ==  \sqrt{2a^2}
 \sqrt{2a^2}  !=  -a\sqrt{2}
 \sqrt{4x^2}  !=  2x
@@ -71,6 +71,8 @@ a\sqrt{2}  ==  \sqrt{2a^2}
 \sqrt{a}\cos x  !=  \sqrt{a \cos^2 x}
 \sqrt{3}|x|  !=  x\sqrt{3}
 \sqrt{3}|x|  ==  \sqrt{3x^2}
+"""
+# A determinant is a number, its matrix is not.
 DETERMINANTS = r"""
 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}  !=  \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}
 \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}  !=  \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
@@ -349,6 +351,26 @@ x^2+y^2=4  ==  x^2+y^2-4=0
 4  !=  m+n=x=4=5
 \begin{pmatrix}1&0\\0&1\end{pmatrix}  ==  A^{-1} = \begin{pmatrix}1&0\\0&1\end{pmatrix}
 13  ==  \begin{aligned} m+n &= 13 \end{aligned}
+P=13  ==  P = m+n = 13
+P=13  !=  P = m+n = 14
+[ABC]=7  ==  7
+N \bmod 1000 = 9  ==  9
+\sin\theta=\frac35  ==  \frac35
+\sin(\theta)=\frac35  ==  0.6
+\sin\theta=\frac35  !=  \frac45
+2x-y=5  !=  5
+p+q=7  !=  7
+\frac{dx}{dt}=0  !=  0
+\begin{pmatrix}3\\-1\end{pmatrix}  ==  \begin{pmatrix}x\\y\end{pmatrix}=\begin{pmatrix}3\\-1\end{pmatrix}
+\begin{pmatrix}3\\-1\end{pmatrix}  !=  \begin{pmatrix}x\\y\end{pmatrix}=\begin{pmatrix}-1\\3\end{pmatrix}
+2x  ==  \frac{dy}{dx} = 2x
+2x  !=  \frac{dy}{dx} = 3x
+x=3  !=  x = m+n = p+q
+x=3  !=  x = x = m+n
+x=3  !=  x = m+n
+3  !=  m+n = p+q
+3  !=  m+n
+3  !=  x = y = m+n
 """
 # Left side and value; the first are what was asked, the second are equations.
 ASKED = r"""
@@ -451,6 +473,28 @@ ab\sin C;12
 \frac{d^2y}{dx^2};2
 \left|\vec{a}+\vec{b}\right|;\sqrt{7}
 |\sin x|;1
+\frac{d}{t};60
+\frac{d^2 y}{d x^2};2x
+\frac{d}{d_1};3
+\frac{dm}{dn};x
+max f(x);5
+N % 1000;9
+\frac{1}{x+y};5
+\frac{1}{ab};5
+\sin A : \sin B : \sin C;2:3:4
+\overrightarrow{AB}\cdot\overrightarrow{AC};5
+[\triangle ABC];7
+∠A+∠B;90
+x₁+x₂;5
+½ab;6
+m＋n;13
+⌊100x⌋;314
+√(ab);6
+sin θ;\frac35
+m(\angle ABC);60
+\mathbb P(A)+\mathbb P(B);1
+\sigma^2;5
+\text{N mod 1000};9
 -a-b;3
 2a-b;3
 \sin x+\cos x;\frac15
@@ -539,6 +583,7 @@ r^3;-1
 x+|x|;4
 |x|+x;4
 \frac{d a}{b};d
+\frac{d}{d+1};3
 \theta+\sin\theta;2
 \arcsin{1.3 \sin{\theta_w}};3
 """
@@ -594,6 +639,13 @@ def test_hostile_answers_are_decided_quickly(name: str) -> None:
     assert time.process_time() - began < 2.0
 
 
+def test_towers_of_roots_cost_no_worker(verifier: Verifier) -> None:
+    before = verifier.counts["killed"]
+    for gold in ("42", r"\sqrt{2x^2}"):
+        assert not verifier.grade(r"\boxed{x\sqrt{2}^{\sqrt{2}^{\sqrt{2}^{\sqrt{2}^{10^{9}}}}}}", gold)
+    assert verifier.counts["killed"] == before
+
+
 def test_small_determinants_are_written_out() -> None:
     assert determinant(r"\begin{vmatrix}a&b\cr c&d\end{vmatrix}") == "(1)(+(a)(d)-(b)(c))"
     for text in (r"\begin{pmatrix}1&2\cr 3&4\end{pmatrix}", r"\begin{vmatrix}1&2\end{vmatrix}", "|x|", "5"):
@@ -637,13 +689,6 @@ def test_what_names_a_quantity(line: str) -> None:
 def test_what_is_still_to_be_solved(line: str) -> None:
     left, _, value = line.partition(";")
     assert not names_quantity(normalise(left), normalise(value))
-
-
-def test_towers_of_roots_cost_no_worker(verifier: Verifier) -> None:
-    before = verifier.counts["killed"]
-    for gold in ("42", r"\sqrt{2x^2}"):
-        assert not verifier.grade(r"\boxed{x\sqrt{2}^{\sqrt{2}^{\sqrt{2}^{\sqrt{2}^{10^{9}}}}}}", gold)
-    assert verifier.counts["killed"] == before
 
 
 def test_names() -> None:
