@@ -183,21 +183,22 @@ def _for_positive_letters(left: Any, right: Any) -> bool:
 
 
 def _points(*expressions: Any, positive: bool = False) -> Iterator[_Evaluator]:
-    """Random points, the same ones each time: positive ones, then mixed signs; whole numbers where there are steps.
+    """Random points, the same ones each time; whole numbers where there are steps.
 
-    `positive`: no negative ones, but further out, where a sine or cosine is negative.
+    First positive ones, then mixed signs, last all negative, where |a + b| is not a + b. `positive`: no negative ones,
+    but further out, where a sine or cosine is negative.
     """
     rng = random.Random(2602)  # noqa: S311
     stepped = any(e.has(*_STEPS) for e in expressions)
     for index in range(3 * POINTS if stepped or positive else 2 * POINTS):
-        negative = not (stepped or positive) and index >= POINTS
+        negative = 0.0 if stepped or positive or index < POINTS else 0.6 if index < 2 * POINTS - 1 else 1.0
         yield _Evaluator(rng, whole=stepped, negative=negative, reach=3 if positive else 1)
 
 
 class _Evaluator:
-    """The values of formulas at one random point."""
+    """The values of formulas at one random point. `negative`: the share of negative letters."""
 
-    def __init__(self, rng: random.Random, whole: bool, negative: bool, reach: int) -> None:
+    def __init__(self, rng: random.Random, whole: bool, negative: float, reach: int) -> None:
         self.rng, self.whole, self.negative, self.reach = rng, whole, negative, reach
         self.symbols: dict[str, Any] = {}
         self.terms = 0  # of sums and products so far
@@ -248,7 +249,7 @@ class _Evaluator:
             else:
                 drawn = mpmath.mpf(self.rng.randint(10**20, 4 * 10**20)) / 10**20
                 drawn = drawn / 3 if self.rng.random() < 0.5 else drawn * self.reach
-                if self.negative and self.rng.random() < 0.6:
+                if self.negative and self.rng.random() < self.negative:
                     drawn = -drawn
             self.symbols[name] = drawn
         return self.symbols[name]
