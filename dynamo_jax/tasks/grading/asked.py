@@ -87,7 +87,9 @@ class _Quantity:
     """A recursive descent. Each method returns the letters and function values of what it reads."""
 
     def __init__(self, text: str) -> None:
-        self.tokens = [_PLAIN.get(t, t) for t in _TOKEN.findall(text)] if len(text) <= MAX_CHARS else self.fail()
+        self.tokens = (
+            [_PLAIN.get(t.strip('" '), t) for t in _TOKEN.findall(text)] if len(text) <= MAX_CHARS else self.fail()
+        )
         self.position = self.depth = self.bars = 0
         self.letters: set[str] = set()  # all but the arguments of f(x)
         self.bare: set[str] = set()  # small letters outside and
@@ -151,7 +153,8 @@ class _Quantity:
     def factor(self) -> set[str]:
         found = self.base()
         while True:
-            if self.take("!"):
+            if self.peek() == "!" and _is_letter(self.tokens[self.position - 1]):
+                self.position += 1
                 self.solutions |= {1, 2}
             elif self.take("^"):
                 counted = self.counted

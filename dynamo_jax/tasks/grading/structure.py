@@ -35,7 +35,7 @@ _NO_NAME = re.compile(  # sin(x) and x(x-1)
     r"|([a-zA-Z])\s*\(.*(?<![\\a-zA-Z])\1(?![a-zA-Z])"
 )
 _SYSTEM = re.compile(
-    r"(?P<left>\\\{\s*)?\\begin\{(?P<kind>[dr]?cases|array|align(?:ed|\\cdot )?|gathered|split)\}"
+    r"(?P<left>\\\{\s*)?\\begin\{(?P<kind>[dr]?cases|array|matrix|align(?:ed|\\cdot )?|gathered|split)\}"
     r"\s*(?:\[[bct]\]|\{[lcr| ]*\})?"
     r"(?P<rows>(?:(?!\\begin\{|\\end\{).)*)\\end\{(?P=kind)\}(?P<right>\s*\\\})?",
     re.DOTALL,
