@@ -13,19 +13,24 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Protocol
 
+from dynamo_jax.tasks.grading.asked import names_quantity
 from dynamo_jax.tasks.grading.exact import NotRationalError, TooLargeError, evaluate
 from dynamo_jax.tasks.grading.extract import extract
-from dynamo_jax.tasks.grading.latex import GREEK, in_radians, key, normalise
+from dynamo_jax.tasks.grading.latex import in_radians, key, normalise
+from dynamo_jax.tasks.grading.matrices import determinant, matrix
 from dynamo_jax.tasks.grading.structure import (
+    COORDINATES,
     Bracketed,
     bracketed,
     is_name,
+    is_solution,
     labelled_tuple,
-    matrix,
     members,
     ratio,
     same_argument,
     split,
+    variables,
+    without_systems,
 )
 from dynamo_jax.tasks.grading.words import (
     as_words,
@@ -42,10 +47,7 @@ _UNEVALUATED = re.compile(r"\\(?:sum|prod|i*int|oint|lim|limsup|liminf)(?![a-zA-
 _OPEN_ENDED = re.compile(r"\\ldots|\\begin\{(?:cases|aligned?|gathered)|\?|\.\.\.")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|approx|equiv|cong|sim|in|to|Rightarrow|Leftrightarrow)(?![a-zA-Z])")
 _BEYOND_RATIONAL = re.compile(r"\\[a-zA-Z]|[a-zA-Z|]")
-_VARIABLE = re.compile(r"\\([a-zA-Z]+)|[a-zA-Z]")
 _EMPTY = {"\\emptyset", "\\{\\}", "\\{ \\}"}
-_CONSTANTS = {"i", "e", "\\pi", "\\infty"}
-_LETTERS = {*GREEK, *(name.capitalize() for name in GREEK), "ell", "hbar"} - {"pi"}
 
 
 class Algebra(Protocol):
@@ -123,7 +125,7 @@ def compare(gold: str, answer: str, algebra: Algebra | None = None) -> bool | No
     gold_text = _gold_text(gold)
     if len(answer) > 4 * MAX_CHARS + 4 * len(gold_text):
         return False
-    text = normalise(answer)
+    text = without_systems(normalise(answer))
     if not text or not gold_text:
         return False
     if key(text) == key(gold_text):
@@ -151,7 +153,7 @@ def cache_key(gold: str, answer: str) -> tuple[str, str]:
 
 
 def _gold_text(gold: str) -> str:
-    return normalise((extract(gold) if "\\boxed" in gold else None) or gold)
+    return without_systems(normalise((extract(gold) if "\\boxed" in gold else None) or gold))
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
@@ -210,11 +212,8 @@ class _Comparison:
             return False
         if len(gold) != len(answer):
             # x = 1, y = 2 for the tuple (1, 2), and the other way round
-            one, several = (gold, answer) if len(gold) == 1 else (answer, gold)
-            tuple_of_labels = labelled_tuple(several) if len(one) == 1 else None
-            if tuple_of_labels is None:
-                return False
-            return self.member(*((one[0], tuple_of_labels) if one is gold else (tuple_of_labels, one[0])))
+            whole = [side[0] if len(side) == 1 else labelled_tuple(side) for side in (gold, answer)]
+            return False if whole[0] is None or whole[1] is None else self.member(whole[0], whole[1])
         left = list(answer)
         undecided = False
         for expected in gold:
@@ -233,24 +232,43 @@ class _Comparison:
 
     def member(self, gold: str, answer: str) -> bool | None:
         """One member of a list: an equation or a single value."""
+        if "=" not in gold and "=" not in answer:
+            return self.value(gold, answer)
         golds, answers = split(gold, "="), split(answer, "=")
+        if len(answers) > MAX_MEMBERS:
+            return False
+        tuples = labelled_tuple([gold]), labelled_tuple([answer])
+        if any(tuples):  # x = y = 1 for the tuple (1, 1)
+            whole = tuples[0] or golds[-1], tuples[1] or answers[-1]
+            if bracketed(whole[0]) and bracketed(whole[1]):
+                return self.value(*whole)
         if len(golds) == 2 and is_name(golds[1]) and not is_name(golds[0]):
             golds.reverse()
-        if len(answers) == 2 and is_name(answers[1]) and not is_name(answers[0]):
+        labels = [is_name(link) or (len(golds) == 1 and names_quantity(link, gold)) for link in answers]
+        if labels == [False, True]:  # 13 = m+n
             answers.reverse()
+            labels.reverse()
         if len(answers) == 1:
-            labelled = len(golds) == 1 or is_name(golds[0])
+            labelled = len(golds) == 1 or is_name(golds[0]) or names_quantity(golds[0], golds[-1], strictly=True)
             return self.value(golds[-1], answers[0]) if labelled else False
         if len(golds) == 1:
-            # `x = 27 \cdot 20 = 540` is the value 540 only if every link of the chain holds.
-            links = [link for link in answers[:-1] if not is_name(link)]
-            verdict = self.value(gold, answers[-1])
-            return _all([verdict, *(self.value(gold, link) for link in links)]) if verdict is not False else False
+            # `x = m+n = 5 \cdot 2 + 3 = 13` is the value 13 only if every link of the chain holds.
+            first = next((place for place, label in enumerate(labels[:-1]) if not label), len(labels) - 1)
+            return _all(self.value(gold, link) for link in reversed(answers[first:]))
+        if len(golds) != 2 or len(answers) != 2:
+            return self.chain(golds, answers)
         return self.equation(golds, answers)
 
+    def chain(self, gold: list[str], answer: list[str]) -> bool | None:
+        """`x = a+b = 6/2 = 3` and `x = 3`: the same names, and every link that is no label is the value."""
+        names, found_names = ({key(side) for side in sides if is_name(side)} for sides in (gold, answer))
+        value, last = gold[-1], answer[-1]
+        if names and names == found_names and key(value) not in names and key(last) not in names:
+            links = [link for link in answer[:-1] if not (is_name(link) or names_quantity(link, value))]
+            return _all(self.value(value, link) for link in (last, *links))
+        return _all(map(self.value, gold, answer)) if len(gold) == len(answer) else False
+
     def equation(self, gold: list[str], answer: list[str]) -> bool | None:
-        if len(gold) != 2 or len(answer) != 2:
-            return _all(map(self.value, gold, answer)) if len(gold) == len(answer) else False
         answer = same_argument(gold[0], answer)
         if sorted(map(key, gold)) == sorted(map(key, answer)):
             return True
@@ -259,10 +277,12 @@ class _Comparison:
             # y = x + 1 and f(x) = x + 1 name the same function
             function = [n == "y" or re.fullmatch(r"[a-zA-Z]\([a-zA-Z]\)", n) for n in (key(gold[0]), key(answer[0]))]
             same_name = same_name or (all(function) and "y" in (key(gold[0]), key(answer[0])))
-            coordinates = {gold[0].strip(), answer[0].strip()} <= {"x", "y", "z"}
+            coordinates = {gold[0].strip(), answer[0].strip()} <= COORDINATES
             constant = self.number(gold[1]) is not None
             if same_name or (constant and not coordinates):
                 return self.value(gold[1], answer[1])
+        if is_name(gold[0]) and is_solution(*gold):
+            return False  # 2x + 1 = 7 for x = 3 restates the problem
         if self.algebra is None:
             return None
         return self.algebra.same_equation((gold[0], gold[1]), (answer[0], answer[1]))
@@ -270,6 +290,8 @@ class _Comparison:
     def value(self, gold: str, answer: str) -> bool | None:
         if key(gold) == key(answer):
             return True
+        if "\\begin" in gold or "\\begin" in answer:
+            gold, answer = determinant(gold) or gold, determinant(answer) or answer
         for read in (matrix, bracketed):
             expected, found = read(gold), read(answer)
             if expected is not None and found is not None:
@@ -315,12 +337,12 @@ class _Comparison:
             return as_words(gold) == as_words(answer) is not None
         if "\\infty" in (gold.lstrip("+ "), answer.lstrip("+ ")):
             return gold.lstrip("+ ") == answer.lstrip("+ ")
-        variables, others = _variables(gold), _variables(answer)
+        letters, others = variables(gold), variables(answer)
         if expected is not None and not _BEYOND_RATIONAL.search(answer):
             return False  # the exact path would have read it
         if _RELATION.search(answer) and not _RELATION.search(gold):
             return False
-        if (others and not variables) or (variables and self.number(answer) is not None):
+        if (others and not letters) or (letters and self.number(answer) is not None):
             return False
         if gold_percent != answer_percent:
             return False
@@ -356,15 +378,6 @@ def _different_base(gold: str, answer: str) -> bool:
     bases = [re.fullmatch(r"-?[0-9A-F]+\s*_\s*(?:\{\s*(\d+)\s*\}|(\d+))", text) for text in (gold, answer)]
     values = {match.group(1) or match.group(2) for match in bases if match}
     return len(values) > 1
-
-
-def _variables(text: str) -> set[str]:
-    found = set()
-    for match in _VARIABLE.finditer(text):
-        name = match.group(0)
-        if name not in _CONSTANTS and (match.group(1) is None or match.group(1) in _LETTERS):
-            found.add(name)
-    return found
 
 
 __all__ = ["Algebra", "check_gold", "compare", "extract", "judge"]

@@ -1,4 +1,4 @@
-"""The parts of a normalised answer: members of lists and sets, tuples, intervals, matrices, names before `=`."""
+"""The parts of a normalised answer: members of lists and sets, tuples, intervals, systems, names before `=`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
-from dynamo_jax.tasks.grading.latex import closing_brace, key
+from dynamo_jax.tasks.grading.latex import GREEK, closing_brace, key
 from dynamo_jax.tasks.grading.words import without_remark
 
 _TOKEN = re.compile(r"\\begin\{[a-zA-Z*]+\}|\\end\{[a-zA-Z*]+\}|\\[a-zA-Z]+|\\.|.", re.DOTALL)
@@ -20,14 +20,32 @@ _NAME = re.compile(
     rf"|\\(?:angle|triangle|overline|vec|hat|bar|widehat)\s*\{{?[A-Za-z0-9_{{}} ]+\}}?|\|\s*[A-Za-z]+\s*\|"
     rf"|[A-Z][\w{{}}]{{0,9}}\s*:\s*[A-Z][\w{{}}]{{0,9}}"  # a ratio of lengths, areas, volumes
     rf"|\\frac\{{\s*[A-Z]{{2}}\s*\}}\{{\s*[A-Z]{{2}}\s*\}}"
+    r"|\\begin\{[pb]matrix\}(?:\s*[a-zA-Z](?:_\{?\w\}?)?\s*(?:&|\\cr|(?=\\end)))+\\end\{[pb]matrix\}"
     rf"|\(\s*{_LETTER}{_INDEX}(?:\s*,\s*{_LETTER}{_INDEX})*\s*\)|[A-Za-z]\s*\([^()]*\))"
 )
 _FUNCTION = re.compile(r"([a-zA-Z])\s*\(\s*([a-zA-Z])\s*\)")
-_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(.*)\\end\{\1\}(.*)", re.DOTALL)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _MAX_SIGNS = 3  # independent plus-minus signs that are written out: 8 values
+_MAX_NAMES = 8  # of a labelled tuple
+_SHORT_NAME = re.compile(_LETTER + _INDEX)
 _SIGN = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
 _EXCLUSION = re.compile(r"(?P<base>.+?)\s*\\setminus\s*(?P<points>\\\{.*\\\})", re.DOTALL)
+_NO_NAME = re.compile(  # sin(x) and x(x-1)
+    r"\\(?:(?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|ln|log|exp)(?![a-zA-Z])"
+    r"|([a-zA-Z])\s*\(.*(?<![\\a-zA-Z])\1(?![a-zA-Z])"
+)
+_SYSTEM = re.compile(
+    r"(?P<left>\\\{\s*)?\\begin\{(?P<kind>[dr]?cases|array|matrix|align(?:ed|\\cdot )?|gathered|split)\}"
+    r"\s*(?:\[[bct]\]|\{[lcr| ]*\})?"
+    r"(?P<rows>(?:(?!\\begin\{|\\end\{).)*)\\end\{(?P=kind)\}(?P<right>\s*\\\})?",
+    re.DOTALL,
+)
+_ROW_GAP = re.compile(r"\s*\[[\d.]+ ?[a-z]{2}\]")
+_VARIABLE = re.compile(r"\\([a-zA-Z]+)|[a-zA-Z]")
+_CONSTANTS = {"i", "e", "\\pi", "\\infty"}
+LETTERS = {*GREEK, *(name.capitalize() for name in GREEK), "ell", "hbar"} - {"pi"}
+COORDINATES = {"x", "y", "z"}
+_SIZE = re.compile(r"\|[A-Z\s]*(?:\\c[au]p\s*[A-Z]\s*)+\|")  # of a union of sets
 _REALS = {"\\mathbb{R}", '"all real numbers"', '"real numbers"', '"all reals"'}
 
 
@@ -68,6 +86,8 @@ def members(text: str, thousands: bool, independent: bool = False) -> list[str]:
         return []
     if thousands and "," in text:
         text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m.group(0).replace(",", ""), text)
+    if "\\cup" in text and "|" in text:  # |A \\cup B| = 7 is no union
+        text = _SIZE.sub(lambda m: m.group(0).replace("\\cup", "\\vee"), text)
     found: list[str] = []
     for part in map(_without_membership, map(without_remark, split(text, ",", ";", "\\cup"))):
         inside = _inside(part, "\\{", "\\}")
@@ -137,25 +157,26 @@ def bracketed(text: str) -> Bracketed | None:
     return _inequality(text)
 
 
-def matrix(text: str) -> Bracketed | None:
-    """Its entries row by row, multiplied by the factor before it."""
-    text = text.strip("()[] ")
-    start = text.find("\\begin{")
-    match = _MATRIX.match(text, start) if start >= 0 else None
-    if match is None or match.group(3).strip():
-        return None
-    body = re.sub(r"^\s*\{[lcr| ]*\}", "", match.group(2)) if match.group(1) == "array" else match.group(2)
-    rows = [split(row, "&") for row in split(body, "\\cr") if row]
-    factor = text[:start].strip().removesuffix("\\cdot").strip()
-    factor = f"{factor}1" if factor in ("-", "+") else factor
-    entries = [f"({factor})({entry})" if factor else entry for row in rows for entry in row]
-    return Bracketed("x".join(str(len(row)) for row in rows), tuple(entries))
-
-
 def is_name(text: str) -> bool:
     """Could it be a label before an equals sign: `x`, `f(n)`, `m_{\\max}`, `(p,q,r)`, `\\angle ABC`, words."""
     text = re.sub(r"^\{([a-zA-Z])\}$", r"\1", text.strip())
-    return len(text) <= 80 and _NAME.fullmatch(text) is not None
+    return len(text) <= 80 and _NAME.fullmatch(text) is not None and not _NO_NAME.match(text)
+
+
+def variables(text: str) -> set[str]:
+    """Its letters but for constants and names of functions."""
+    found = set()
+    for match in _VARIABLE.finditer(text):
+        name = match.group(0)
+        if name not in _CONSTANTS and (match.group(1) is None or match.group(1) in LETTERS):
+            found.add(name)
+    return found
+
+
+def is_solution(name: str, value: str) -> bool:
+    """Does `name = value` tell an unknown's value? The equation of a curve or a relation (`y = 2x`) doesn't."""
+    letters = variables(value)
+    return not letters or (name.strip() in COORDINATES and not letters & COORDINATES)
 
 
 def same_argument(gold: str, answer: list[str]) -> list[str]:
@@ -219,11 +240,63 @@ def ratio(text: str) -> list[str] | None:
 
 
 def labelled_tuple(parts: list[str]) -> str | None:
-    """`x = 1, y = 2` as the tuple `(1, 2)`, ordered by name; None unless every part has a short name of its own."""
-    pairs = [split(part, "=") for part in parts]
-    if not 2 <= len(pairs) <= 8 or any(len(p) != 2 or not re.fullmatch(_LETTER + _INDEX, p[0]) for p in pairs):
+    """`x = 1, y = 2` as the tuple `(1, 2)`, ordered by name, Greek letters last; None unless that is all of it.
+
+    Every part gives a value to short names that no other part has: `x = y = 1` gives one to two of them. One part may
+    be the list in parentheses.
+    """
+    if len(parts) == 1 and "=" in parts[0]:
+        inside = _inside(parts[0], "(", ")")
+        parts = [parts[0]] if inside is None else split(inside, ",", ";")
+    values: dict[str, str] = {}
+    for part in parts if len(parts) <= _MAX_NAMES else ():
+        *names, value = split(part, "=")
+        if names and _SHORT_NAME.fullmatch(value) and not _SHORT_NAME.fullmatch(names[0]):  # 1 = x = y
+            names, value = [*names[1:], value], names[0]
+        for name in names:
+            if key(name) in values or not _SHORT_NAME.fullmatch(name):
+                return None
+            values[key(name)] = value
+        if not names or not value:
+            return None
+    if not 2 <= len(values) <= _MAX_NAMES:
         return None
-    names = sorted(key(name) for name, _ in pairs)
-    if len(set(names)) < len(names):
-        return None
-    return "(" + ",".join(value for _, value in sorted(pairs, key=lambda p: key(p[0]))) + ")"
+    return "(" + ",".join(values[name] for name in sorted(values, key=lambda n: (n.startswith("\\"), n))) + ")"
+
+
+def without_systems(text: str) -> str:
+    """Each solved system, `\\begin{cases} x=3 \\\\ y=-1 \\end{cases}`, as the tuple `(3,-1)`.
+
+    A chain written over several rows (`x &= 1+2 \\\\ &= 3`) becomes one row. All else stays: functions in pieces,
+    systems still to be solved, matrices.
+    """
+    if "\\cr" not in text and "\\begin" not in text:
+        return text
+    if "\\begin" in text:
+        return _SYSTEM.sub(_solved, text)
+    return _tuple_of_rows(text.removeprefix("\\{")) or text
+
+
+def _solved(system: re.Match[str]) -> str:
+    solution = _tuple_of_rows(system["rows"], single="cases" not in system["kind"])
+    if solution is None:
+        return system.group(0)
+    # \\left\\{ ... \\right. leaves one brace, which is the system's own unless it opens a set of them.
+    left, right = system["left"] or "", system["right"] or ""
+    return solution if bool(left) == bool(right) or "cases" not in system["kind"] else left + solution + right
+
+
+def _tuple_of_rows(text: str, single: bool = False) -> str | None:
+    """The tuple that the rows of a system give; `single`: or the one equation that they are."""
+    rows: list[str] = []
+    for row in text.split("\\cr"):
+        content = _ROW_GAP.sub("", row, count=1).replace("&", " ").strip(" ,;.")
+        content = content.removeprefix('"and"').removesuffix('"and"').strip(" ,;.")
+        if content.startswith("=") and rows:
+            rows[-1] += content
+        elif content:
+            rows.append(content)
+    parts = [part for row in rows for part in split(row, ",", ";")]
+    if single and len(parts) == 1 and "=" in parts[0]:
+        return parts[0]
+    return labelled_tuple(parts)

@@ -2,8 +2,10 @@
 
 Runs only inside a killable worker (`verifier_worker.py`): the parser has no time bound. Two formulas are equal where
 they agree to 80 digits at every one of several random points; analytic expressions that do so and yet differ are not
-found by chance. This never simplifies, solves or expands, whose time nothing bounds. The values are computed by
-`_Evaluator`, node by node, with bounds on every argument; no text is evaluated as code.
+found by chance. Letters take either sign, but two formulas that keep roots may also be equal for positive letters
+alone, as physics writes them (`_for_positive_letters`). This never simplifies, solves or
+expands, whose time nothing bounds. The values are computed by `_Evaluator`, node by node, with bounds on every
+argument; no text is evaluated as code.
 """
 
 from __future__ import annotations
@@ -61,19 +63,27 @@ class Symbolic:
         bases = ("\\ln ", "\\log_{10} ") if _BARE_LOG.search(gold + " " + answer) else ("\\ln ",)
         return any(self._equal(_parse(gold, base), _parse(answer, base)) for base in bases)
 
+    @classmethod
+    def _equal(cls, left: Any, right: Any) -> bool:
+        if cls._agree(left, right):
+            return True
+        return _for_positive_letters(left, right) and cls._agree(left, right, positive=True)
+
     @staticmethod
-    def _equal(left: Any, right: Any) -> bool:
+    def _agree(left: Any, right: Any, positive: bool = False) -> bool:
         agreed = 0
-        for point in _points(left, right):
+        for point in _points(left, right, positive=positive):
             try:
                 a, b = point.value(left), point.value(right)
             except NoValueError:
                 continue
-            if point.negative and not (_is_real(a) and _is_real(b)):
+            real = _is_real(a) and _is_real(b)
+            if point.negative and not real:
                 continue  # ln(ab) and ln a + ln b differ by the branch only
-            if not _close(a, b):
+            if _close(a, b):
+                agreed += 1
+            elif real or not positive:  # sqrt(c / (a - b)) and sqrt(c) / sqrt(a - b): by the branch too, for a < b
                 return False
-            agreed += 1
         return agreed >= 2
 
     def has_value(self, text: str) -> bool:
@@ -156,19 +166,40 @@ def _parse(text: str, log: str = "\\ln ") -> Any:
     return parsed
 
 
-def _points(*expressions: Any) -> Iterator[_Evaluator]:
-    """Random points, the same ones each time: positive ones, then mixed signs; whole numbers where there are steps."""
+def _for_positive_letters(left: Any, right: Any) -> bool:
+    """Do both formulas keep a root, and one of them a root of letters: `2 r \\sqrt{G}` and `\\sqrt{4 G r^2}`?
+
+    Physics takes its letters as positive and pulls them out of roots freely. Not where an absolute value says that
+    signs matter; and of `\\sqrt{x^2}` and `x` only one keeps a root: that is the textbook's question about signs.
+    """
+    formulas = (left, right)
+    if any(formula.has(sympy.Abs, sympy.sign) for formula in formulas):
+        return False
+    roots = [
+        [p.base for p in formula.atoms(sympy.Pow) if isinstance(p.exp, sympy.Rational) and p.exp.q > 1]
+        for formula in formulas
+    ]
+    return all(roots) and any(base.free_symbols for bases in roots for base in bases)
+
+
+def _points(*expressions: Any, positive: bool = False) -> Iterator[_Evaluator]:
+    """Random points, the same ones each time; whole numbers where there are steps.
+
+    First positive ones, then mixed signs, last all negative, where |a + b| is not a + b. `positive`: no negative ones,
+    but further out, where a sine or cosine is negative.
+    """
     rng = random.Random(2602)  # noqa: S311
     stepped = any(e.has(*_STEPS) for e in expressions)
-    for index in range(3 * POINTS if stepped else 2 * POINTS):
-        yield _Evaluator(rng, whole=stepped, negative=not stepped and index >= POINTS)
+    for index in range(3 * POINTS if stepped or positive else 2 * POINTS):
+        negative = 0.0 if stepped or positive or index < POINTS else 0.6 if index < 2 * POINTS - 1 else 1.0
+        yield _Evaluator(rng, whole=stepped, negative=negative, reach=3 if positive else 1)
 
 
 class _Evaluator:
-    """The values of formulas at one random point."""
+    """The values of formulas at one random point. `negative`: the share of negative letters."""
 
-    def __init__(self, rng: random.Random, whole: bool, negative: bool) -> None:
-        self.rng, self.whole, self.negative = rng, whole, negative
+    def __init__(self, rng: random.Random, whole: bool, negative: float, reach: int) -> None:
+        self.rng, self.whole, self.negative, self.reach = rng, whole, negative, reach
         self.symbols: dict[str, Any] = {}
         self.terms = 0  # of sums and products so far
 
@@ -217,8 +248,8 @@ class _Evaluator:
                 drawn = mpmath.mpf(self.rng.randint(4, 25))
             else:
                 drawn = mpmath.mpf(self.rng.randint(10**20, 4 * 10**20)) / 10**20
-                drawn = drawn / 3 if self.rng.random() < 0.5 else drawn
-                if self.negative and self.rng.random() < 0.6:
+                drawn = drawn / 3 if self.rng.random() < 0.5 else drawn * self.reach
+                if self.negative and self.rng.random() < self.negative:
                     drawn = -drawn
             self.symbols[name] = drawn
         return self.symbols[name]
