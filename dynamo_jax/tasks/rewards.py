@@ -30,7 +30,6 @@ from dynamo_jax.tasks.gsm8k import gold_number, gsm8k
 MAX_CHARS = 400  # of a countdown expression
 _EXPRESSION = re.compile(r"[\d+\-*/() ]+")
 _FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 PULSE_SECONDS = 1.0
 
 
@@ -59,12 +58,11 @@ def exact(output: str, gold: str) -> float:
 def countdown(output: str, gold: str) -> float:
     """1 if the answer reaches the target with + - * / and parentheses, from every given number exactly once.
 
-    `gold` is JSON: `{"target": 24, "numbers": [3, 8, 8]}`. The answer stands in `<answer>` or where `math` looks for
-    it; "= 24" after it is allowed. Raises `ValueError` for another gold.
+    `gold` is JSON: `{"target": 24, "numbers": [3, 8, 8]}`. The answer stands where `math` looks for it, as in
+    `<answer>`; "= 24" after it is allowed. Raises `ValueError` for another gold.
     """
     target, numbers = countdown_gold(gold)
-    tags = _ANSWER_TAG.findall(output.rpartition("</think>")[2])
-    answer = tags[-1] if tags else extract(output)
+    answer = extract(output)
     if answer is None or len(answer) > MAX_CHARS:
         return 0.0
     left, _, right = answer.translate(str.maketrans("×÷−·", "*/-*")).partition("=")  # noqa: RUF001

@@ -53,6 +53,9 @@ def test_countdown_refuses(answer, reward):
     [
         ("<answer>(10 - 4) * 4</answer>", '{"target": 24, "numbers": [10, 4, 4]}'),
         ("<think>10*4</think> <answer>(10 - 4) * 4 = 24</answer>", '{"target": 24, "numbers": [4, 10, 4]}'),
+        ("<ANSWER>\n(10 - 4) * 4\n</ANSWER>", '{"target": 24, "numbers": [10, 4, 4]}'),
+        ("<answer>10</answer><answer>4 * (10 - 4)</answer>", '{"target": 24, "numbers": [10, 4, 4]}'),
+        (r"<answer>\boxed{(10 - 4) * 4}</answer>", '{"target": 24, "numbers": [10, 4, 4]}'),
         (r"So \boxed{(10-4) \times 4}", '{"target": 24, "numbers": [10, 4, 4]}'),
         (r"\boxed{\frac{8}{3 - \frac{8}{3}}}", '{"target": 24, "numbers": [8, 3, 8, 3]}'),
         ("<answer>8 / (3 - 8/3)</answer>", '{"target": 24, "numbers": [8, 3, 8, 3]}'),
@@ -62,6 +65,21 @@ def test_countdown_refuses(answer, reward):
 def test_countdown_accepts(answer, gold):
     assert countdown(answer, gold) == 1
     assert countdown(answer.replace("=", "= 2 *"), gold) == (0 if "=" in answer else 1)
+
+
+@pytest.mark.parametrize(
+    ("output", "reward"),
+    [
+        (r"\boxed{24} <answer>(10-4)*4</answer>", 1),
+        (r"<answer>(10-4)*4</answer> \boxed{24}", 0),
+        ("<answer>(10-4)*4</answer> <answer>24</answer>", 0),
+        ("<answer>(10-4)*4", 0),
+        ("<think><answer>(10-4)*4</answer></think>", 0),
+        ("<answer>(10-4)*4 or 4*10-4*4</answer>", 0),
+    ],
+)
+def test_countdown_looks_where_the_others_look(output, reward):
+    assert countdown(output, '{"target": 24, "numbers": [10, 4, 4]}') == reward
 
 
 @pytest.mark.parametrize("gold", ["24", "[]", '{"target": 24}', '{"target": 1.5, "numbers": [1]}', "{" * 5000])

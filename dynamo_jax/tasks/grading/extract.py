@@ -1,9 +1,11 @@
 """Where in a response the answer stands.
 
 1. Only the text after the last `</think>` counts; a `<think>` that never closes gives no answer.
-2. The last `\\boxed`, `\\fbox` or `\\framebox` wins; boxes joined by "and", "or" or a comma form a list. A last box
-   that is not closed, or is empty, gives no answer.
-3. Without a box: what follows the last "answer is", "Answer:", `####`, or the like in Chinese or Japanese;
+2. A box (`\\boxed`, `\\fbox` or `\\framebox`) or an `<answer>` tag, in upper or lower case: the last one of all wins.
+   One that is not closed, or is empty, gives no answer. Boxes joined by "and", "or" or a comma form a list.
+3. A tag holds one answer: a box in it, what follows "the answer is" in it, else all of it. What stands after a tag or a
+   box does not count, and neither does a tag that is only spoken of before the last box.
+4. Without a box or a tag: what follows the last "answer is", "Answer:", `####`, or the like in Chinese or Japanese;
    else the last formula or number (see `prose.py`).
 Linear time in the length of the response.
 """
@@ -13,9 +15,10 @@ from __future__ import annotations
 import re
 
 from dynamo_jax.tasks.grading.latex import closing_brace
-from dynamo_jax.tasks.grading.prose import JOIN, in_prose
+from dynamo_jax.tasks.grading.prose import JOIN, in_prose, stated
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^\[\]{}]{0,20}\]\s*)?")
+_TAG = re.compile(r"<(/?)answer\s{0,4}>", re.IGNORECASE)
 
 
 def extract(output: str) -> str | None:
@@ -24,8 +27,28 @@ def extract(output: str) -> str | None:
     if "<think>" in text:
         return None
     boxes = list(_BOX.finditer(text))
-    answer = _boxed(text, boxes) if boxes else in_prose(text)
+    tag = _last_tag(text) if "<" in text else None
+    if tag is not None and not (boxes and boxes[-1].start() >= tag[1]):
+        answer = _tagged(text[slice(*tag)]) if tag[1] > tag[0] else None
+    else:
+        answer = _boxed(text, boxes) if boxes else in_prose(text)
     return answer.strip() or None if answer else None
+
+
+def _last_tag(text: str) -> tuple[int, int] | None:
+    """Start and end of the content of the last `<answer>`, the same place twice if it is not closed; None if none."""
+    span = None
+    for tag in _TAG.finditer(text):
+        if not tag.group(1):
+            span = (tag.end(), tag.end())
+        elif span is not None and span[0] == span[1]:
+            span = (span[0], tag.start())
+    return span
+
+
+def _tagged(content: str) -> str | None:
+    boxes = list(_BOX.finditer(content))
+    return _boxed(content, boxes) if boxes else stated(content)
 
 
 def _boxed(text: str, boxes: list[re.Match[str]]) -> str | None:

@@ -82,6 +82,14 @@ def in_prose(text: str) -> str | None:
     return _last_value(text)
 
 
+def stated(text: str) -> str | None:
+    """The answer of a text that is all answer, such as the content of `<answer>`: of one sentence, else all of it."""
+    plain = _EMPHASIS.sub(r"\2\4", text)
+    after = _behind_cue(plain)
+    sentence, rest = _sentence(plain if after is None else after)
+    return text if _bare(rest) else _value(sentence)
+
+
 def _behind_cue(text: str) -> str | None:
     """What follows the last cue; None without one, or if nothing follows it."""
     cue = next(reversed(list(_CUE.finditer(text))), None)

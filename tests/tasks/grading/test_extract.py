@@ -1,4 +1,4 @@
-"""Where the answer of a response stands: cues, the rest of their sentence, emphasis, Chinese and Japanese."""
+"""Where the answer of a response stands: tags, cues, the rest of their sentence, emphasis, Chinese and Japanese."""
 
 # ruff: noqa: RUF001 - full-width punctuation is among the cases
 
@@ -12,6 +12,64 @@ from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.verifier import Verifier
 
 # One case a line: reference, verdict, response. `==` right, `!=` wrong; ⏎ is a line break.
+TAGS = r"""
+1/2  ==  <think>x</think><answer>\frac{1}{2}</answer>
+(1,2)  ==  <think>x</think><answer>(1, 2)</answer>
+x^2+1  ==  <think>x</think><answer>x^2+1</answer>
+B  ==  <think>x</think><answer>B</answer>
+Yes  ==  <think>x</think><answer>Yes</answer>
+5  ==  <answer>\boxed{5}</answer>
+5  ==  <answer>So $\boxed{5}$ it is</answer>
+5  ==  <answer>$5$</answer>
+5  ==  <answer>⏎\[⏎5⏎\]⏎</answer>
+5  ==  <ANSWER> 5 </ANSWER>
+5  ==  <answer >⏎⏎5⏎</Answer>
+5  ==  <answer>**5** ✅</answer>
+5  ==  <answer>x = 5</answer>
+5  ==  <answer>5 apples</answer>
+5  ==  <answer>The answer is 5.</answer>
+5  ==  <answer>答案是5。</answer>
+5  ==  <answer>5 (since 2 + 3 = 5)</answer>
+# the last place wins, a tag or a box
+5  ==  \boxed{4} <answer>5</answer>
+5  ==  <answer>4</answer> or rather \boxed{5}
+5  ==  <answer>4</answer> <answer>5</answer>
+5  ==  <answer>5</answer> The answer is 6. I like 7.
+5  ==  I put it into <answer> tags. \boxed{5}
+5  ==  The tags are <answer> and so on. <answer>5</answer>
+5  !=  \boxed{5} <answer>6</answer>
+5  !=  <answer>5</answer> \boxed{6}
+5  !=  <answer>5</answer><answer>6</answer>
+# it holds one answer
+5  !=  <answer>not 5</answer>
+5  !=  <answer>not $5$</answer>
+5  !=  <answer>3 and 5</answer>
+5  !=  <answer>3 or 5</answer>
+5  !=  <answer>either 5 or 6</answer>
+5  !=  <answer>3, 5</answer>
+5  !=  <answer>5, no wait 6</answer>
+5  !=  <answer>5, not 6</answer>
+5  !=  <answer>5. No, 6.</answer>
+5  !=  <answer>The answer is 5. Or 6.</answer>
+5  !=  <answer>5 ... 7</answer>
+7  !=  <answer>5 ... 7</answer>
+5  !=  <answer>5⏎6</answer>
+6  !=  <answer>5⏎6</answer>
+5  !=  <answer>5 is wrong</answer>
+5  !=  <answer>less than 5</answer>
+5  !=  <answer>\boxed{3} and \boxed{5}</answer>
+# not closed, empty, or in the reasoning: no answer
+5  !=  <answer>5
+5  !=  \boxed{5} <answer>6
+5  !=  \boxed{5} <answer></answer>
+5  !=  \boxed{5} <answer> ⏎ </answer>
+5  !=  <answer>\boxed{}</answer> 5
+5  !=  <answer>\boxed{5</answer>
+5  !=  <think><answer>5</answer></think>
+5  !=  <think><answer>5</answer>
+5  !=  <think><answer>5</answer></think> \boxed{6}
+5  !=  <answer>5</answer></think> It is 6.
+"""
 SENTENCES = r"""
 42  ==  The answer is 42 because 6 * 7 = 42.
 42  ==  Answer: 42 (since 40+2 = 42)
@@ -186,7 +244,7 @@ def rows(table: str) -> list[list[str]]:
     return [re.split("  (==|!=)  ", line.replace("\x00", "\n"), maxsplit=1) for line in lines]
 
 
-@pytest.mark.parametrize(("gold", "verdict", "output"), rows(SENTENCES + EMPHASIS + EAST_ASIAN))
+@pytest.mark.parametrize(("gold", "verdict", "output"), rows(TAGS + SENTENCES + EMPHASIS + EAST_ASIAN))
 def test_the_place_of_the_answer(gold: str, verdict: str, output: str) -> None:
     assert judge(output, gold) is (verdict == "==")
 
@@ -194,6 +252,8 @@ def test_the_place_of_the_answer(gold: str, verdict: str, output: str) -> None:
 @pytest.mark.parametrize(
     ("output", "answer"),
     [
+        ("<answer>\n x + 1 \n</answer>", "x + 1"),
+        ("<answer></answer> The answer is 5", None),
         ("The answer is 42 million because of that.", "42 million"),  # what it is worth is not decided here
         ("Together they have 42 million apples.", "42 million"),
         ("The answer is $42$ thousand.", "$42$ thousand"),
@@ -215,22 +275,25 @@ def test_the_text_of_the_answer(output: str, answer: str | None) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["**a", "*a* ", "`a", "__a", "答案是4和", "选A", "(1 ", "1 (a b) ",
+    ["<answer>", "<answer>1</answer>", "**a", "*a* ", "`a", "__a", "答案是4和", "选A", "(1 ", "1 (a b) ",
      "42, because ", "1 " + " " * 999, "it is not ", "should be ", "no, ", "1 -- ", "if 1 and ", "$5 ($",
      "Answer: the $n$ is ", "✅"],
 )  # fmt: skip
 def test_the_search_is_linear(text: str) -> None:
     output = text * (200_000 // len(text))
     start = time.process_time()
-    for response in (output, f"The answer is 42{output}", f"Answer: the $n$ is {output}"):
+    for response in (output, f"The answer is 42{output}", f"Answer: the $n$ is {output}", f"<answer>{output}</answer>"):
         extract(response)
     assert time.process_time() - start < 3.0
 
 
-def test_an_answer_that_needs_algebra() -> None:
+def test_a_tag_that_needs_algebra() -> None:
     with Verifier(workers=1) as verifier:
         outputs = [
+            "<answer>1 + x^2</answer>",
             "答案是$1+x^2$。",
+            "<answer>x^2</answer>",
             "The answer is $1+x^2$, which is even.",
+            "<answer>not x^2+1</answer>",
         ]
-        assert verifier.grade_batch([(output, "x^2+1") for output in outputs]) == [True, True]
+        assert verifier.grade_batch([(output, "x^2+1") for output in outputs]) == [True, True, False, True, False]
