@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dynamo_jax.batch import PromptBatch
+from dynamo_jax.tasks.grading.extract import opens_thinking
 from dynamo_jax.tasks.read import Message, Row, read_rows
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
@@ -46,6 +47,11 @@ class PromptSet:
     @property
     def dropped(self) -> int:
         return len(self.dropped_ids)
+
+    @property
+    def opens_thinking(self) -> bool:
+        """Do all prompts end inside an open `<think>`, by the chat template or the instruction?"""
+        return all(opens_thinking(prompt.text) for prompt in self.prompts)
 
     def __len__(self) -> int:
         return len(self.prompts)

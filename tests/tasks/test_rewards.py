@@ -18,12 +18,14 @@ from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.rewards import (
     BUILT_IN,
     Grading,
+    Reopened,
     RewardGrader,
     Shaped,
     countdown,
     exact,
     format_reward,
     length_penalty,
+    verdict_of,
 )
 
 GOLD = '{"target": 24, "numbers": [3, 8, 8]}'
@@ -102,12 +104,49 @@ def test_exact():
 def test_format_and_length():
     assert format_reward(r"<think>a</think> so \boxed{1}") == 1
     assert format_reward(r"so \boxed{1}") == 1
-    for wrong in (r"\boxed{1} \boxed{2}", r"\boxed{", r"\boxed{}", r"<think>\boxed{1}", r"a</think>\boxed{1}", "1"):
+    for wrong in (r"\boxed{1} \boxed{2}", r"\boxed{", r"\boxed{}", r"<think>\boxed{1}", "1"):
         assert format_reward(wrong) == 0
     assert [length_penalty("x" * n, 10, 20) for n in (0, 10, 15, 20, 99)] == [0, 0, -0.5, -1, -1]
     shaped = Shaped(RewardGrader("exact"), format_bonus=0.5, penalty=1.0, length_free=10, length_limit=20)
     assert shaped.grade_batch([(r"\boxed{1}", "1"), (r"\boxed{1}" + " " * 11, "1"), ("no", "1")]) == [1.5, 0.5, 0]
     assert shaped.counts["graded"] == 3
+
+
+@pytest.mark.parametrize(
+    ("output", "reward"),
+    [
+        (r"reasoning</think>\boxed{5}", 1),  # the prompt may have ended with the opening
+        ("\n\nreasoning\n</think>\n\nSo $\\boxed{5}$.", 1),
+        (r"is it \boxed{4}?</think> \boxed{5}", 1),
+        ("</think>\\boxed{5}", 1),
+        (r"a</think>b</think>\boxed{5}", 0),
+        (r"a</think> 5", 0),
+        (r"a</think>\boxed{4} \boxed{5}", 0),
+        (r"a</think>\boxed{}", 0),
+        (r"a</think><think>\boxed{5}", 0),
+        (r"a<think>b</think>\boxed{5}", 0),
+        (r"<think><think>b</think>\boxed{5}", 0),
+    ],
+)
+def test_the_form_where_the_prompt_opened_the_thinking(output, reward):
+    assert format_reward(output) == reward
+
+
+def test_a_response_is_judged_with_the_opening_of_its_prompt():
+    base = Reopened(RewardGrader("exact"))
+    shaped = Shaped(base, format_bonus=0.5, penalty=1.0, length_free=20, length_limit=21, opens_thinking=True)
+    pairs = [
+        (r"why</think>\boxed{5}", "5"),
+        (r"maybe \boxed{5}? wait", "5"),  # cut off inside the reasoning
+        (r"<think>a</think>\boxed{5}", "5"),  # it writes the opening once more, and is long
+        (r"0123</think>\boxed{5}", "5"),  # 21 characters
+        (r"012</think>\boxed{5}", "5"),  # 20, without the opening
+    ]
+    assert shaped.grade_batch(pairs) == [1.5, -1.0, 0.5, 0.5, 1.5]
+    assert base.grade_batch(pairs) == [1, 0, 1, 1, 1]
+    assert (shaped.counts["graded"], verdict_of(shaped)) == (10, base)
+    unshaped = Shaped(RewardGrader("exact"), format_bonus=0.5, penalty=0.0, length_free=0, length_limit=1)
+    assert unshaped.grade_batch(pairs[1:2]) == [1.5]
 
 
 def test_a_built_in_reward_starts_no_process(monkeypatch):

@@ -1,6 +1,7 @@
 """Where in a response the answer stands.
 
-1. Only the text after the last `</think>` counts; a `<think>` that never closes gives no answer.
+1. Only the text after the last `</think>` counts; a `<think>` that never closes gives no answer. Where the prompt ended
+   with the opening, `reopened` puts it back in front.
 2. A box (`\\boxed`, `\\fbox` or `\\framebox`) or an `<answer>` tag, in upper or lower case: the last one of all wins.
    One that is not closed, or is empty, gives no answer. Boxes joined by "and", "or" or a comma form a list.
 3. A tag holds one answer: a box in it, what follows "the answer is" in it, else all of it. What stands after a tag or a
@@ -17,14 +18,16 @@ import re
 from dynamo_jax.tasks.grading.latex import closing_brace
 from dynamo_jax.tasks.grading.prose import JOIN, in_prose, stated
 
+THINK, END_OF_THINK = "<think>", "</think>"
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(?:\[[^\[\]{}]{0,20}\]\s*)?")
 _TAG = re.compile(r"<(/?)answer\s{0,4}>", re.IGNORECASE)
+_OPENS_THINKING = re.compile(r"<think>(?:\s*|\n[^<>\[\]]*)\Z")
 
 
 def extract(output: str) -> str | None:
     """The answer that a response gives, as it is written there; None if it gives none."""
-    text = output.rpartition("</think>")[2]
-    if "<think>" in text:
+    text = output.rpartition(END_OF_THINK)[2]
+    if THINK in text:
         return None
     boxes = list(_BOX.finditer(text))
     tag = _last_tag(text) if "<" in text else None
@@ -33,6 +36,19 @@ def extract(output: str) -> str | None:
     else:
         answer = _boxed(text, boxes) if boxes else in_prose(text)
     return answer.strip() or None if answer else None
+
+
+def opens_thinking(prompt: str) -> bool:
+    """Does the prompt end inside an open `<think>`, as some chat templates write it? Words may follow on a new line.
+
+    A `<think>` that the prompt only speaks of is followed by more text, or by the marks of the next turn.
+    """
+    return _OPENS_THINKING.search(prompt.rpartition(END_OF_THINK)[2]) is not None
+
+
+def reopened(output: str) -> str:
+    """A response to a prompt that `opens_thinking`, with that `<think>` in front, unless it writes one itself."""
+    return output if output.lstrip().startswith(THINK) else THINK + output
 
 
 def _last_tag(text: str) -> tuple[int, int] | None:

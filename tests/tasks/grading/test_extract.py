@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dynamo_jax.tasks.grading.answers import judge
-from dynamo_jax.tasks.grading.extract import extract
+from dynamo_jax.tasks.grading.extract import extract, opens_thinking, reopened
 from dynamo_jax.tasks.grading.verifier import Verifier
 
 # One case a line: reference, verdict, response. `==` right, `!=` wrong; ⏎ is a line break.
@@ -285,6 +285,34 @@ def test_the_search_is_linear(text: str) -> None:
     for response in (output, f"The answer is 42{output}", f"Answer: the $n$ is {output}", f"<answer>{output}</answer>"):
         extract(response)
     assert time.process_time() - start < 3.0
+
+
+# --- a prompt that ends inside an open <think>
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opened"),
+    [
+        ("<|user|>1+1=?<|assistant|>\n<think>\n", True),
+        ("1+1=?\nAssistant: <think>", True),
+        ("1+1=?<｜Assistant｜><think>\nOkay, let me see.", True),
+        ("<think>old</think> 2. 1+1=? <think>\n", True),
+        ("<|user|>1+1=?<|assistant|>\n<think>\n\n</think>\n\n", False),  # thinking is switched off
+        ("<|user|>Begin with <think>, then answer. 1+1=?<|assistant|>\n", False),
+        ("Reason between <think> and </think>. 1+1=?", False),
+        ("[INST]Begin with <think>\n1+1=?[/INST]", False),
+        ("1+1=?", False),
+        ("", False),
+    ],
+)
+def test_prompts_that_open_thinking(prompt: str, opened: bool) -> None:
+    assert opens_thinking(prompt) is opened
+
+
+def test_a_response_with_its_opening() -> None:
+    assert extract(reopened("maybe \\boxed{5}? wait")) is None
+    assert extract(reopened("so 5</think>\\boxed{5}")) == "5"
+    assert reopened("\n<think>a</think>\\boxed{5}") == "\n<think>a</think>\\boxed{5}"  # it writes the opening once more
 
 
 def test_a_tag_that_needs_algebra() -> None:
