@@ -16,20 +16,25 @@ LETTER = re.compile(rf"[{LETTERS}]")
 CUE = (
     r"(?:答案|最终结果|最終結果|答え|こたえ|正解|正答|解答(?=は))】?\s{0,4}(?:应该|應該|应当|应|應|就|即)?"
     r"(?:是|为|為|等于|等於|选|選|は|[:：】])\s{0,4}[:：]?|(?<!\w)答\s?[:：]"
-    r"|(?:选|選)[择擇项項]?[是为為]?\s{0,4}[:：]?\s{0,4}(?=[（(]?[A-JＡ-Ｊ][）)]?\s{0,4}(?:[。.,，；;！!\n]|\Z))"
+    r"|(?<!不)(?:选|選)[择擇项項]?[是为為]?\s{0,4}[:：]?\s{0,4}(?=[（(]?[A-JＡ-Ｊ][）)]?(?:[选選]?[项項])?\s{0,4}(?:[。．.,，；;！!\n]|\Z))"
 )
 JOINS = "和与與及或と、"
-_JOIN = re.compile(rf"(?:以及|或者|或是|还是|還是|か|[{JOINS}])\s*(?=[-+\da-zA-Z$\\(（])")
+_JOIN = re.compile(rf"(?:以及|或者|或是|还是|還是|または|もしくは|および|及び|か|[{JOINS}])\s*(?=[-+\da-zA-Z$\\(（])")
 # Units begin alike: 千克, 平方米.
 CHANGED = re.compile(
-    r"\s*(?:[个個]?(?:[万萬亿億百十多半又的加减減乘除余餘か吗嗎吧]|千(?![克米瓦卡])|兆(?![瓦赫]))|以[上下内內外]|左右|分之|"
+    r"\s*(?:[个個]?(?:[万萬亿億百十多半又的加减減乘除余餘か吗嗎吧]|千(?![克米瓦卡])|兆(?![瓦赫]))|以[上下内內外]|左右|分之|之[间間]|より|"
     r"(?:平方|立方)(?![厘米公千分毫英里センチメ])|次方|阶乘|階乗|未満|以下)"
 )
 _DENIED = re.compile(
     r"[\s,，、；;。$*]*(?:不|并非|並非|而不|而非|错|錯|但|等等|等一下|应该|應該|应[为為是]|では(?:ない|なく|あり)|じゃ|いや)"
 )
+_ANOTHER = re.compile(r"(?<![，,。；;：:（(\s])[^，,。；;：:（(]*?[\d$\\]")  # "42小时30分钟"
 _CORRECTED = re.compile(r"等等|等一下|更正|错了|錯了|[,，。]\s*不[,，、对對]|[应應][该該]?[是为為]|いや、|違う|間違")
-BOUND_BEFORE = r"(?:不是|不等于|不等於|不为|不為|并非|小于|大于|少于|多于|至少|至多|最多|最少|超过|不到)\s*\Z"
+BOUND_BEFORE = (
+    r"(?:不[^\s\d,，。]{0,3}[是为為]|不等于|不等於|可能是|也许是|或许是|并非|小于|大于|少于|多于|至少|至多|最多|最少|超过|不到"
+    r"|分之|负|負|根号|根號|\d\s*[个個]?(?:或|还是|か|または))\s*\Z"
+)
+_SECOND_THOUGHT = re.compile(r"\W*(?:不[,，、对對是]|等等|等一下|错了|錯了|更正|いや)")
 
 
 def value(sentence: str) -> str | None:
@@ -45,9 +50,18 @@ def value(sentence: str) -> str | None:
             break
         start = join.end()
     found = ", ".join(part.strip(" ,，、；;(（") for part in parts)
-    changed = CHANGED.match(sentence, end)
-    if changed:
+    if found and (CHANGED.match(sentence, end) or _ANOTHER.match(sentence, end)):
         return found + sentence[end:].strip()
-    if _DENIED.match(sentence, end) or _CORRECTED.search(sentence, end):
+    if denied(sentence, end) or _CORRECTED.search(sentence, end):
         return None
     return found
+
+
+def denied(text: str, place: int) -> bool:
+    """Is the value that ends at `place` denied by what follows it?"""
+    return _DENIED.match(text, place) is not None
+
+
+def second_thought(text: str) -> bool:
+    """Does `text`, which follows the sentence of an answer, begin by taking the answer back?"""
+    return _SECOND_THOUGHT.match(text) is not None

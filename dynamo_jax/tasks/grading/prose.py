@@ -14,7 +14,7 @@ import unicodedata
 from typing import NamedTuple
 
 from dynamo_jax.tasks.grading import east_asian
-from dynamo_jax.tasks.grading.remarks import end_of_value, masked, second_thought
+from dynamo_jax.tasks.grading.remarks import denied, end_of_value, masked, second_thought
 
 _GAP = r"(?:\\[()\[\]]|[\s$*]|\\[,;: !]|\\q?quad)*+"
 JOIN = re.compile(
@@ -37,33 +37,45 @@ _BARE_LINE = re.compile(r"[-+]?(?:\\[a-zA-Z]+|[-+*/^_=<>(){}\[\],.!|:%\s\d]|(?<!
 _IS = re.compile(r"\b(?:is|are|was|equals|be|to)\b|=", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[\u3002\uff01\uff1f]|(?<!\.)[.?](?=\s|$)|!(?=\s|$)(?! ?[-+*/^=])")
 _ANNOUNCED = re.compile(r"(?:\b(?:is|are|was|equals|be|to|by)|[:=])\s*\Z", re.IGNORECASE)
-_BEFORE = " \t\r\n*`,;:\uff0c\uff1b\uff1a"  # stands before an answer and is no part of it: a period may be
-_AFTER = _BEFORE + ".\u3002\u3001"
+# What stands before and after an answer and is no part of it. A period before it may be one.
+_BEFORE = " \t\r\n*`,;:\uff0c\uff1b\uff1a\u3001\u300c\u300d\u300e\u300f"
+_AFTER = _BEFORE + ".\u3002\uff0e"
 # Emphasis: its marks stand against what they mark, and not against what is outside. `2**3 + 4**5` has none.
 _EMPHASIS = re.compile(
     r"(?<![a-zA-Z0-9*`^\\)}\]])(?<![\d)}\]]\s)(\*{1,3}|`)(?=[^\s*`])([^*`\n]{1,300})(?<=\S)\1(?![a-zA-Z0-9*`])"
     r"|(?<![!-~])(_{1,3})(?=[^\s_{])([^_\n]{1,300})(?<=\S)\3(?![a-zA-Z0-9_])"
+    r"|</?(?:b|i|u|em|strong|mark)>|(?<![\w\\}$])~~(?=[^\s~])[^~\n]{1,300}(?<=\S)~~(?!\w)",  # struck out: it is gone
+    re.IGNORECASE,
 )
 _SCALE = (
     r"(?:hundreds?|thousands?|(?:m|b|tr)illions?|lakhs?|crores?|dozens?|hal(?:f|ves)|squared|cubed|factorial|"
     r"(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth)s?)(?![a-zA-Z])"
 )
 _SCALED = re.compile(rf"\s*{_SCALE}", re.IGNORECASE)
+# Words before a number that only lead to it: two or more, or one of these.
+_LEADING = re.compile(
+    r"\S+\s+\S|(?:indeed|simply|just|precisely|clearly|thus|therefore|then|still|only)\s", re.IGNORECASE
+)
 # What may not be left out after a formula.
 _CHANGING = re.compile(
-    rf"\s*(?:[%!^/*+=<>-]|{_SCALE}|(?:percent|plus|minus|times|divided|over|and|or|to|[a-zA-Z])(?![a-zA-Z]))",
+    rf"\s*(?:[,;\uff0c\uff1b]\s*\w|[%!^/*+=<>-]|{_SCALE}|(?:percent|plus|minus|times|divided|over|and|or|to|[a-zA-Z])(?![a-zA-Z]))",
     re.IGNORECASE,
+)
+_BOUND = (
+    r"(?:\b(?:not|never|cannot|neither|nor|either|less|more|fewer|greater|larger|smaller|bigger|most|least|than|under|"
+    r"over|above|below|between|without|maybe|perhaps|possibly|probably|wrong|incorrect)\b|n['\u2019]t\b)"
 )
 # Before a value: what makes another value of it, or several.
 _CHANGED_BEFORE = re.compile(
-    r"\b(?:not|never|cannot|neither|nor|either|less|more|fewer|greater|larger|smaller|bigger|most|least|than|under|over|"
-    r"above|below|between|without|maybe|perhaps|possibly|wrong|incorrect|minus|twice|half|double|triple|square|cube|"
-    r"root|sqrt|log|ln|exp|sin|cos|tan|pi)\b|n['\u2019]t\b|[<>\u2264\u2265\u2260+*/^\\(\[{|]|(?<![a-zA-Z])-",
+    _BOUND + r"|\b(?:minus|twice|half|double|triple|square|cube|root|sqrt|log|ln|exp|sin|cos|tan|pi)\b"
+    r"|[<>\u2264\u2265\u2260+*/^\\(\[{|]|(?<![a-zA-Z])-",
     re.IGNORECASE,
 )
+_BOUND_AFTER = re.compile(_BOUND, re.IGNORECASE)
 _BOUND_BEFORE = re.compile(
     r"(?:\b(?:not|cannot|never|(?:less|more|fewer|greater|larger|smaller|rather)\s+than|at\s+(?:most|least))|n['\u2019]t)"
-    rf"(?:\s+be)?(?:\s+equal)?(?:\s+to)?[\s$*\\(\[]*\Z|{east_asian.BOUND_BEFORE}",
+    r"(?:\s+be)?(?:\s+equal)?(?:\s+to)?[\s$*\\(\[]*\Z|[\d$]\s*\bor\s*\Z"
+    rf"|{east_asian.BOUND_BEFORE}",
     re.IGNORECASE,
 )
 
@@ -75,7 +87,7 @@ def in_prose(text: str) -> str | None:
     if after is not None:
         sentence, rest = _sentence(after)
         answer = _value(sentence)
-        return None if second_thought(rest) and _last_value(rest) != answer else answer
+        return None if _second_thought(rest) and _last_value(rest) != answer else answer
     last = text.strip().rpartition("\n")[2].strip()
     if len(last) <= 500 and "\\" in last and "$" not in last and _BARE_LINE.fullmatch(last):
         return last
@@ -86,8 +98,15 @@ def stated(text: str) -> str | None:
     """The answer of a text that is all answer, such as the content of `<answer>`: of one sentence, else all of it."""
     plain = _EMPHASIS.sub(r"\2\4", text)
     after = _behind_cue(plain)
-    sentence, rest = _sentence(plain if after is None else after)
-    return text if _bare(rest) else _value(sentence)
+    content = plain if after is None else after
+    _, rest = _sentence(content)
+    if _second_thought(rest):
+        return None
+    return text if _bare(rest) else _value(content)
+
+
+def _second_thought(rest: str) -> bool:
+    return second_thought(rest) or east_asian.second_thought(rest)
 
 
 def _behind_cue(text: str) -> str | None:
@@ -108,7 +127,7 @@ def _sentence(text: str) -> tuple[str, str]:
         following = formulas[place] if place < len(formulas) else None
         if following and following.opened < mark.end():
             continue  # the mark is inside this formula
-        end = mark.start()
+        end = mark.end() if mark.group(0) in "?\uff1f" else mark.start()  # a question states nothing: its mark stays
         if following and not text[end : following.opened].strip() and _ANNOUNCED.search(text, max(0, end - 12), end):
             end = following.closed
         return text[:end], text[max(end, mark.end()) :]
@@ -140,7 +159,7 @@ def _value(sentence: str, *, subject: bool = True) -> str | None:
     if end is None:
         return None
     alone = formula or second is None or second.start() >= end
-    if alone and first.start() < end and not _CHANGED_BEFORE.search(before) and (formula or len(before.split()) > 1):
+    if alone and first.start() < end and not _CHANGED_BEFORE.search(before) and (formula or _LEADING.match(before)):
         return _joined(_bare(sentence[first.start() : end]))
     return _bare(sentence[:end])
 
@@ -156,7 +175,7 @@ def _joined(text: str) -> str:
             break
         found.append(formula)
     rest = masked(text, formulas)[found[-1].closed :]
-    if any(char.isdigit() for char in rest) or _CHANGING.match(rest):
+    if any(char.isdigit() for char in rest) or _CHANGING.match(rest) or _BOUND_AFTER.search(rest):
         return text
     return ", ".join(text[formula.start : formula.end] for formula in found)
 
@@ -181,6 +200,8 @@ def _last_value(text: str) -> str | None:
     else:
         return None
     if _BOUND_BEFORE.search(text, max(0, opened - 40), opened):
+        return None
+    if denied(text, closed) or east_asian.denied(text, closed):
         return None
     scale = _SCALED.match(text, closed) or east_asian.CHANGED.match(text, closed)
     return text[start:end] + text[closed : scale.end()] if scale else text[start:end]

@@ -20,10 +20,13 @@ _WORD = (
     r"forty|fifty|sixty|seventy|eighty|ninety|undefined|none)(?![a-zA-Z]))"
     r"(?:[A-Za-z][a-z]{2,}+|(?:it|we|in|by|he|on|an)(?![a-zA-Z]))(?!\s*[=^_<>]|\()"
 )
+_PLAIN_WORD = (
+    r"(?:\s+(?!(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty|hundred)\b)[A-Za-z]{3,})"
+)
 _REASON = (
     r"(?:[Bb]ecause|[Ss]ince|as(?!\s+(?:well|low|high|small|large|much|many|few)\b)|so|where|which|whose|when|whenever|"
     r"if|for|that|i\.?\s?e|e\.g|given|hence|thus|therefore|while|meaning|namely|making|obtained|assuming|due|owing|"
-    r"at(?!\s+(?:most|least)\b)|and\s+(?:this|that|it|we)|[\u2234\u2235])(?![a-zA-Z]|\s*[=^_(])"
+    rf"at(?!\s+(?:most|least)\b)|(?:by|from|using)(?={_PLAIN_WORD})|in\s+(?:total|all)|and\s+(?:this|that|it|we)|[\u2234\u2235])(?![a-zA-Z]|\s*[=^_(])"
 )
 _WRONG = r"(?:wrong|incorrect|false|mistaken|untrue|invalid|impossible|an?\s+(?:mistake|error))(?![a-zA-Z])"
 _NOT = r"(?:not|never|(?<=n)['\u2019]t)(?![a-zA-Z])"
@@ -35,10 +38,11 @@ _DENIAL = (
 )
 _BETWEEN = r"\s,;:\uff0c\uff1b\u2013\u2014-"  # punctuation between a value and a remark
 _TAIL = re.compile(
-    rf"(?<![.{_BETWEEN}])[.{_BETWEEN}]++(?:(?=(?i:{_DENIAL}))|(?={_REASON}))|[,;\uff0c\uff1b]\s*+(?={_WORD})"
+    rf"(?<![.{_BETWEEN}])[.{_BETWEEN}]++(?:(?=(?i:{_DENIAL}))|(?={_REASON}))|[,;:\uff0c\uff1b]\s*+(?={_WORD})"
     rf"|(?<!\s)\s+(?:-{{1,3}}|[\u2013\u2014])\s*+(?={_WORD})|(?:--+|\u2014)\s*+(?={_WORD})"
 )
 _DENIED = re.compile(rf"[.(\uff08{_BETWEEN}]*+{_DENIAL}", re.IGNORECASE)
+_DENIED_NEXT = re.compile(rf"[^\w\n.!?]*+{_DENIAL}", re.IGNORECASE)
 _CORRECTION = (
     r"(?:\b(?:wait|oops|scratch\s+that|correction|i\s+mean|make\s+that|nope|hmm+|not\s+sure|no(?=\s*[,.;:!\u2013\u2014-]))"
     rf"(?![a-zA-Z])|\b(?:that|this|it|which)(?:['\u2019]s|\s+(?:is|was|seems|must\s+be))\s+(?:\w+ly\s+)?"
@@ -46,18 +50,21 @@ _CORRECTION = (
 )
 _CORRECTED = re.compile(_CORRECTION, re.IGNORECASE)
 _SECOND_THOUGHT = re.compile(rf"\W*(?:but\s+|oh\W+)?(?:(?:actually|sorry|or)\b|{_CORRECTION})", re.IGNORECASE)
-_WORDS = re.compile(r"[A-Za-z]+(?: [A-Za-z]+){0,2}?(?=,?\s+(?:because|since)\b|,\s+(?:which|so|as|i\.e)\b)")
+_WORDS = re.compile(r"[A-Za-z-]+(?: [A-Za-z-]+){0,2}?(?=,?\s+(?:because|since)\b|,\s+(?:which|so|as|i\.e)\b)")
 _CONDITION = re.compile(rf"[{_BETWEEN}]*+(if|when|whenever|for|where|at)(?![a-zA-Z])")
 _ANOTHER = re.compile(r"[,;]|\b(?:and|or|but|while)\b")
 _VALUE = re.compile(
     r"\d|\\[a-zA-Z]|[\u00b2\u00b3\u00b9\u00bc-\u00be\u221a\u03c0\u221e]"
-    r"|\A[a-zA-Z](?=\s*[,.;:=+*/^_(-]|\s+(?:because|since|as|which)\b)"
+    r"|\A[a-zA-Z](?=\s*[0,.;:=+*/^_-]|\s+(?:because|since|as|which)\b)"
 )
 _OPEN_END = re.compile(r"(?:\b(?:and|or|not|than|to)|[-+*/=^(\[])\s*$", re.IGNORECASE)
 _BRACKET = re.compile(r"\\[()\[\]{}]|\\[a-zA-Z]+|[()\[\]{}\uff08\uff09]")
 _OPENING = "([{\uff08"
-_ORIGIN = re.compile(rf"{_REASON}|(?:from|by|using|see|mod)\b")
+_ORIGIN = re.compile(rf"{_REASON}|(?:from|by|using|see|mod|verified|checked|correct|exact|exactly)\b")
 _ARITHMETIC = re.compile(r"[\d.\s()+*/-]*[\d)]\s*[-+*/][\d.\s()+*/-]*")
+_CASE = re.compile(r"[\s$]*-?\d[^;]*?\b(?:if|when|otherwise|else)\b")  # "42 (43 if n is odd)"
+_TIMES = re.compile(r"\\(?:times|cdot)(?![a-zA-Z])")
+_MARKS = ("$", "\\)", "\\]")
 _PLAIN = str.maketrans({"\u00d7": "*", "\u00f7": "/", "\u2212": "-", "\u2013": "-", "$": None, ",": None})
 
 
@@ -87,11 +94,16 @@ def end_of_value(text: str, mask: str) -> int | None:
     for start, end in brackets:
         apart = mask[start - 1].isspace() or text[start] == "\uff08"
         if start >= value.end() and apart and not _open_ended(mask, start):
-            ends += [start] * _is_remark(text[start + 1 : end - 1], text[:start])
+            ends += [start] * _is_remark(text[start + 1 : end - 1], text[:start].rstrip())
             break
     if not ends:
         return len(text)
     return None if _taken_back(text, min(ends)) else min(ends)
+
+
+def denied(text: str, place: int) -> bool:
+    """Is the value that ends at `place` denied by what follows it in its sentence?"""
+    return _DENIED_NEXT.match(text, place) is not None
 
 
 def second_thought(text: str) -> bool:
@@ -131,11 +143,18 @@ def _brackets(text: str) -> list[tuple[int, int]]:
 
 
 def _is_remark(inside: str, value: str) -> bool:
-    """Is what stands in brackets after a value said about it, and no factor: words, a statement, how it comes about?"""
+    """Is what stands in brackets after a value said about it, and no factor: words, a statement, how it comes about?
+
+    After a formula with its marks it is no factor either, unless it is one number.
+    """
+    if _CASE.match(inside):
+        return False
     words = [word for word in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]+", inside) if len(word) > 1]
     if len(words) > 1 or "=" in inside or (words and _ORIGIN.match(inside.strip())):
         return True
-    sum_, result = inside.translate(_PLAIN), value.translate(_PLAIN).strip()
+    if value.endswith(_MARKS) and not re.fullmatch(r"[\s$\d.,]*", inside):
+        return True
+    sum_, result = (_TIMES.sub("*", text).translate(_PLAIN).strip() for text in (inside, value))
     if words or len(inside) > 200 or not _ARITHMETIC.fullmatch(sum_):
         return False
     try:

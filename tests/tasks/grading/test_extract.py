@@ -30,6 +30,8 @@ Yes  ==  <think>x</think><answer>Yes</answer>
 5  ==  <answer>The answer is 5.</answer>
 5  ==  <answer>答案是5。</answer>
 5  ==  <answer>5 (since 2 + 3 = 5)</answer>
+120  ==  <answer>5!</answer>
+B  ==  <answer>B. 12</answer>
 # the last place wins, a tag or a box
 5  ==  \boxed{4} <answer>5</answer>
 5  ==  <answer>4</answer> or rather \boxed{5}
@@ -56,6 +58,12 @@ Yes  ==  <think>x</think><answer>Yes</answer>
 5  !=  <answer>5⏎6</answer>
 6  !=  <answer>5⏎6</answer>
 5  !=  <answer>5 is wrong</answer>
+5  !=  <answer>5?</answer>
+5  !=  <answer>5!</answer>
+5  !=  <answer>$5$; $6$</answer>
+5  !=  <answer>neither 5 nor 6</answer>
+5  !=  <answer>不是5</answer>
+B  !=  <answer>B. Wait, C</answer>
 5  !=  <answer>less than 5</answer>
 5  !=  <answer>\boxed{3} and \boxed{5}</answer>
 # not closed, empty, or in the reasoning: no answer
@@ -108,7 +116,16 @@ Yes  ==  The answer is Yes, because 2 divides 4.
 42  ==  The value of the answer is⏎\[⏎42⏎\]
 42  ==  The answer is 42. I hope it is correct.
 42  ==  The answer is 42. Wait, let me check: 6*7 = 42
+42  ==  The answer is 42: indeed 6 * 7 = 42.
+42  ==  The answer is 42 by Vieta's formulas.
+42  ==  The answer is 42 from the table, row 3.
+42  ==  The answer is indeed 42.
+42  ==  The answer is $42$ ($6 \times 7$).
+32  ==  The answer is thirty-two, since 32 = 2^5.
+1200  ==  The answer is $1,200 - the rent for 2 months.
+7  ==  **Answer: 7** (because 3 + 4 = 7)
 # lists and tuples stay
+1,2,3  ==  The answer is 1, 2, and 3, which are all below 4.
 3,5  ==  The answer is 3, 5
 3,5  ==  The answer is 3 and 5, which sum to 8.
 3,5  ==  The answer is $3$ and $5$ because $3 + 5 = 8$.
@@ -118,6 +135,7 @@ Yes  ==  The answer is Yes, because 2 divides 4.
 3  !=  The answer is $3$ and 5
 5  !=  The answer is $5$ or 6
 1  !=  The answer is (1, 2) because it is
+B  !=  The answer is $B$; C
 # so does what makes another value of it
 42  !=  The answer is not 42.
 42  !=  The answer is not $42$ because $42$ is even.
@@ -132,6 +150,11 @@ Yes  ==  The answer is Yes, because 2 divides 4.
 3  !=  The answer is x < 3, where x is real.
 5  !=  The answer is 5! = 120.
 5  !=  The answer is 5 - 3
+10  !=  The answer is 10 cm by twenty cm
+5  !=  The answer is $5$ at least.
+5  !=  The answer is $5$ or more.
+42  !=  The answer is twice $42$.
+42  !=  The answer is 42 hours 30 minutes because of that.
 5  !=  The answer is 5 ... 7
 2  !=  The answer is 2 (3)
 42  !=  The answer is 42^2 because it is a square
@@ -156,6 +179,14 @@ Yes  ==  The answer is Yes, because 2 divides 4.
 42  !=  The answer is 42. No, it is 43.
 42  !=  The answer is 42. Wait, 43!
 42  !=  The answer is 42? Or 43?
+42  !=  The answer is 42?
+42  !=  The answer is 42. Oops, 43.
+42  !=  The answer is 42. Correction: 43.
+42  !=  The answer is 42, though 43 works.
+42  !=  The answer is 42 unless n = 3.
+42  !=  The answer is 42 (43 if n is odd).
+42  !=  The answer is never 42.
+42  !=  We get 42, because $42$ is wrong.
 42  !=  The answer is 42 if n is even, 43 if n is odd.
 42  !=  The answer is 42 for n = 1 and 43 for n = 2.
 42  !=  The answer is 42 when n is even, otherwise 43.
@@ -180,7 +211,12 @@ EMPHASIS = r"""
 73  ==  **The answer is $73$** ✅
 73  ==  **\boxed{73}** ✅
 73  ==  ✅ __$\boxed{73}$__
+73  ==  Answer: <strong>73</strong> ✅
+73  ==  Answer: ~~72~~ **73**
+73  ==  **Answer:** **73** ✅ (verified)
 x^2+1  ==  The answer is `x^2+1`.
+73  !=  Answer: ~~73~~ **74**
+73  !=  So **73** ✅ is wrong
 73  !=  **73** or **74**, the answer is **74** ✅
 73  !=  Answer: **73** or **74** ✅
 73  !=  The answer is **73**, no, **74**
@@ -214,6 +250,10 @@ B  ==  正确答案选 B。
 42  ==  答案是42（因为6*7=42）。
 42  ==  答案是**42**平方厘米。
 42  ==  答案等于42，其中42=6*7。
+42  ==  答えは「42」です。
+42  ==  故答案为：42．
+B  ==  所以选择B选项。
+1/2  ==  答案是$\frac{1}{2}$，即0.5。
 3,5  ==  答案是3和5。
 3,5  ==  答案是 x=3 或 x=5。
 3,5  ==  $\boxed{3}$和$\boxed{5}$
@@ -232,6 +272,15 @@ B  ==  正确答案选 B。
 42  !=  答案是至少42。
 42  !=  答案是42的平方。
 42  !=  答えは42ではない。
+42  !=  答えは42より大きい。
+42  !=  答えは42または43です。
+42  !=  答案是42小时30分钟。
+42  !=  答案是42。不，是43。
+42  !=  答案可能是42。
+42  !=  答案在40和42之间。
+42  !=  答案是负42。
+2  !=  答案是三分之2。
+B  !=  答案选A，不选B
 42  !=  答えは42か43です。
 42  !=  答えは43です。
 B  !=  故选A
