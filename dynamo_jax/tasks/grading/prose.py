@@ -21,10 +21,9 @@ JOIN = re.compile(
     rf"{_GAP}(?:[,\uff0c{east_asian.JOINS}]|(?:,\s*)?(?:\\text\s*\{{\s*)?\b(?:and|or)\b(?:\s*\}})?){_GAP}"
     r"(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?"
 )
-_CUE = re.compile(
-    r"(?:answers?|choice|option)\s{0,4}\**\s{0,4}(?:is|are|[:\uff1a])(?![a-z])\s{0,4}[:\uff1a]?|####|" + east_asian.CUE,
-    re.IGNORECASE,
-)
+_CUE = r"(?:answers?|choice|option)\s{0,4}\**\s{0,4}(?:is|are|[:\uff1a])(?![a-z])\s{0,4}[:\uff1a]?|####"
+# By whether the text is ASCII alone, which saves a third of the time.
+_CUES = {True: re.compile(_CUE, re.IGNORECASE), False: re.compile(f"{_CUE}|{east_asian.CUE}", re.IGNORECASE)}
 _FORMULA = re.compile(r"\$\$|(?<!\\)\$|\\\(|\\\)|\\\[|\\\]")
 _PRICE, _NEXT_PRICE = re.compile(r"\d"), re.compile(r"[\s(+*/=<,\u2013\u2014-]\$[\w\\-]")
 _CLOSERS = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
@@ -82,7 +81,7 @@ _BOUND_BEFORE = re.compile(
 
 def in_prose(text: str) -> str | None:
     """The answer of a text without a box; None if it gives none."""
-    text = _EMPHASIS.sub(r"\2\4", text)
+    text = _without_emphasis(text)
     after = _behind_cue(text)
     if after is not None:
         sentence, rest = _sentence(after)
@@ -96,7 +95,7 @@ def in_prose(text: str) -> str | None:
 
 def stated(text: str) -> str | None:
     """The answer of a text that is all answer, such as the content of `<answer>`: of one sentence, else all of it."""
-    plain = _EMPHASIS.sub(r"\2\4", text)
+    plain = _without_emphasis(text)
     after = _behind_cue(plain)
     content = plain if after is None else after
     _, rest = _sentence(content)
@@ -105,13 +104,17 @@ def stated(text: str) -> str | None:
     return text if _bare(rest) else _value(content)
 
 
+def _without_emphasis(text: str) -> str:
+    return _EMPHASIS.sub(r"\2\4", text) if any(mark in text for mark in "*`_~<") else text
+
+
 def _second_thought(rest: str) -> bool:
     return second_thought(rest) or east_asian.second_thought(rest)
 
 
 def _behind_cue(text: str) -> str | None:
     """What follows the last cue; None without one, or if nothing follows it."""
-    cue = next(reversed(list(_CUE.finditer(text))), None)
+    cue = next(reversed(list(_CUES[text.isascii()].finditer(text))), None)
     after = text[cue.end() :].lstrip(_BEFORE) if cue else ""
     return after if after.strip(_AFTER + "$") else None
 
