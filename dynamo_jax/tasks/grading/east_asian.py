@@ -22,8 +22,8 @@ JOINS = "和与與及或と、"
 _JOIN = re.compile(rf"(?:以及|或者|或是|还是|還是|または|もしくは|および|及び|か|[{JOINS}])\s*(?=[-+\da-zA-Z$\\(（])")
 # Units begin alike: 千克, 平方米.
 CHANGED = re.compile(
-    r"\s*(?:[个個]?(?:[万萬亿億百十多半又的加减減乘除余餘か吗嗎吧]|千(?![克米瓦卡])|兆(?![瓦赫]))|以[上下内內外]|左右|分之|之[间間]|より|"
-    r"(?:平方|立方)(?![厘米公千分毫英里センチメ])|次方|阶乘|階乗|未満|以下)"
+    r"(?:\s*(?:[个個]?(?:[万萬亿億百十多半又的加减減乘除余餘か吗嗎吧]|千(?![克米瓦卡])|兆(?![瓦赫]))|以[上下内內外]|左右|分之|之[间間]|より|"
+    r"(?:平方|立方)(?![厘米公千分毫英里センチメ])|次方|阶乘|階乗|未満|以下))+"
 )
 _DENIED = re.compile(
     r"[\s,，、；;。$*]*(?:不|并非|並非|而不|而非|错|錯|但|等等|等一下|应该|應該|应[为為是]|では(?:ない|なく|あり)|じゃ|いや)"
@@ -50,11 +50,13 @@ def value(sentence: str) -> str | None:
             break
         start = join.end()
     found = ", ".join(part.strip(" ,，、；;(（") for part in parts)
-    if found and (CHANGED.match(sentence, end) or _ANOTHER.match(sentence, end)):
+    if found and _ANOTHER.match(sentence, end):
         return found + sentence[end:].strip()
+    changed = CHANGED.match(sentence, end) if found else None
+    end = changed.end() if changed else end
     if denied(sentence, end) or _CORRECTED.search(sentence, end):
         return None
-    return found
+    return found + changed.group(0).strip() if changed else found
 
 
 def denied(text: str, place: int) -> bool:

@@ -50,7 +50,7 @@ _SCALE = (
     r"(?:hundreds?|thousands?|(?:m|b|tr)illions?|lakhs?|crores?|dozens?|hal(?:f|ves)|squared|cubed|factorial|"
     r"(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth)s?)(?![a-zA-Z])"
 )
-_SCALED = re.compile(rf"\s*{_SCALE}", re.IGNORECASE)
+_SCALED = re.compile(rf"(?:\s*{_SCALE})+", re.IGNORECASE)
 # Words before a number that only lead to it: two or more, or one of these.
 _LEADING = re.compile(
     r"\S+\s+\S|(?:indeed|simply|just|precisely|clearly|thus|therefore|then|still|only)\s", re.IGNORECASE

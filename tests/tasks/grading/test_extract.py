@@ -315,7 +315,11 @@ def test_the_place_of_the_answer(gold: str, verdict: str, output: str) -> None:
         ("It costs $5 and $x = 3$ holds", "x = 3"),
         ("The answer is sqrt 42", "sqrt 42"),
         ("Answer: ② ✅", "②"),
-        ("答案是42亿人", "42亿人"),
+        ("答案是42亿人。", "42亿"),
+        ("答案是42万以上。", "42万以上"),
+        ("所以一共有42万多人。", "42万多"),
+        ("答案是3千2百。", "3千2百"),
+        ("It takes 5 hundred thousand years.", "5 hundred thousand"),
     ],
 )
 def test_the_text_of_the_answer(output: str, answer: str | None) -> None:
