@@ -34,7 +34,7 @@ _NUMBER = re.compile(
 # A line that is one formula without any marks: no words but those that LaTeX commands are made of.
 _BARE_LINE = re.compile(r"[-+]?(?:\\[a-zA-Z]+|[-+*/^_=<>(){}\[\],.!|:%\s\d]|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z]))*+")
 _IS = re.compile(r"\b(?:is|are|was|equals|be|to)\b|=", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"\n|[\u3002\uff01\uff1f]|(?<!\.)[.?](?=\s|$)|!(?=\s|$)(?! ?[-+*/^=])")
+_SENTENCE_END = re.compile(r"\n|[\u3002\uff01\uff1f]|(?<!\.)[.?](?=\s|$)|!(?=\s|$)(?! ?[-+*/^=]| [a-z])")
 _ANNOUNCED = re.compile(r"(?:\b(?:is|are|was|equals|be|to|by)|[:=])\s*\Z", re.IGNORECASE)
 # What stands before and after an answer and is no part of it. A period before it may be one.
 _BEFORE = " \t\r\n*`,;:\uff0c\uff1b\uff1a\u3001\u300c\u300d\u300e\u300f"

@@ -26,7 +26,7 @@ _PLAIN_WORD = (
 _REASON = (
     r"(?:[Bb]ecause|[Ss]ince|as(?!\s+(?:well|low|high|small|large|much|many|few)\b)|so|where|which|whose|when|whenever|"
     r"if|for|that|i\.?\s?e|e\.g|given|hence|thus|therefore|while|meaning|namely|making|obtained|assuming|due|owing|"
-    rf"at(?!\s+(?:most|least)\b)|(?:by|from|using)(?={_PLAIN_WORD})|in\s+(?:total|all)|and\s+(?:this|that|it|we)|[\u2234\u2235])(?![a-zA-Z]|\s*[=^_(])"
+    rf"at(?!\s+(?:most|least)\b)|(?:by|from|using|thanks)(?={_PLAIN_WORD})|in\s+(?:total|all)|after(?!\s+round)|and\s+(?:this|that|it|we)|[\u2234\u2235])(?![a-zA-Z]|\s*[=^_(])"
 )
 _WRONG = r"(?:wrong|incorrect|false|mistaken|untrue|invalid|impossible|an?\s+(?:mistake|error))(?![a-zA-Z])"
 _NOT = r"(?:not|never|(?<=n)['\u2019]t)(?![a-zA-Z])"
@@ -43,10 +43,13 @@ _TAIL = re.compile(
 )
 _DENIED = re.compile(rf"[.(\uff08{_BETWEEN}]*+{_DENIAL}", re.IGNORECASE)
 _DENIED_NEXT = re.compile(rf"[^\w\n.!?]*+{_DENIAL}", re.IGNORECASE)
+_THAT = r"\b(?:that|this|it|which)"
 _CORRECTION = (
     r"(?:\b(?:wait|oops|scratch\s+that|correction|i\s+mean|make\s+that|nope|hmm+|not\s+sure|no(?=\s*[,.;:!\u2013\u2014-]))"
-    rf"(?![a-zA-Z])|\b(?:that|this|it|which)(?:['\u2019]s|\s+(?:is|was|seems|must\s+be))\s+(?:\w+ly\s+)?"
-    rf"(?:not\s+(?:right|correct|true|it|the)\b|{_WRONG})|\bshould\s+(?:be|have\s+been)\s\W{{0,20}}\d)"
+    rf"(?![a-zA-Z])|{_THAT}(?:['\u2019]s|\s+(?:is|was|seems|must\s+be))\s+(?:\w+ly\s+)?"
+    rf"(?:not\s+(?:right|correct|true|it|the)\b|{_WRONG})"
+    rf"|{_THAT}\s+can(?:not|\s+not|['\u2019]t)\s+be(?:\s+(?:right|correct|true|it))?\s*(?:[.,;!]|\Z)"
+    r"|\bshould\s+(?:be|have\s+been)\s\W{0,20}\d)"
 )
 _CORRECTED = re.compile(_CORRECTION, re.IGNORECASE)
 _SECOND_THOUGHT = re.compile(rf"\W*(?:but\s+|oh\W+)?(?:(?:actually|sorry|or)\b|{_CORRECTION})", re.IGNORECASE)
@@ -62,10 +65,12 @@ _BRACKET = re.compile(r"\\[()\[\]{}]|\\[a-zA-Z]+|[()\[\]{}\uff08\uff09]")
 _OPENING = "([{\uff08"
 _ORIGIN = re.compile(rf"{_REASON}|(?:from|by|using|see|mod|verified|checked|correct|exact|exactly)\b")
 _ARITHMETIC = re.compile(r"[\d.\s()+*/-]*[\d)]\s*[-+*/][\d.\s()+*/-]*")
-_CASE = re.compile(r"[\s$]*-?\d[^;]*?\b(?:if|when|otherwise|else)\b")  # "42 (43 if n is odd)"
-_TIMES = re.compile(r"\\(?:times|cdot)(?![a-zA-Z])")
+_CASE = re.compile(r"[\s$]*(?:-?\d[^;]*?\b(?:if|when|otherwise|else)\b|or\b)")  # "42 (43 if n is odd)"
+_TIMES = re.compile(r"\\(?:times|cdot)(?![a-zA-Z])|(?<=[\d\s])(?:x|times)(?=[\s\d$])")
 _MARKS = ("$", "\\)", "\\]")
-_PLAIN = str.maketrans({"\u00d7": "*", "\u00f7": "/", "\u2212": "-", "\u2013": "-", "$": None, ",": None})
+_PLAIN = str.maketrans(
+    {"\u00d7": "*", "\u00f7": "/", "\u2212": "-", "\u2013": "-"} | dict.fromkeys("$\u00a3\u20ac\u00a5,\\")
+)
 
 
 def masked(text: str, spans: Sequence[tuple[int, ...]]) -> str:
@@ -154,10 +159,16 @@ def _is_remark(inside: str, value: str) -> bool:
         return True
     if value.endswith(_MARKS) and not re.fullmatch(r"[\s$\d.,]*", inside):
         return True
-    sum_, result = (_TIMES.sub("*", text).translate(_PLAIN).strip() for text in (inside, value))
-    if words or len(inside) > 200 or not _ARITHMETIC.fullmatch(sum_):
+    return len(inside) <= 200 and _comes_to(inside, value)
+
+
+def _comes_to(calculation: str, value: str) -> bool:
+    """Is `calculation`, of at least two plain numbers and perhaps of money, equal to `value`?"""
+    texts = (_TIMES.sub("*", text.replace("{,}", "")).translate(_PLAIN).strip() for text in (calculation, value))
+    calculation, value = texts
+    if not _ARITHMETIC.fullmatch(calculation):
         return False
     try:
-        return evaluate(sum_.replace("*", "\\cdot ")) == evaluate(result)
+        return evaluate(calculation.replace("*", "\\cdot ")) == evaluate(value.split(" ")[0])
     except NotRationalError:
         return False

@@ -83,6 +83,10 @@ SENTENCES = r"""
 42  ==  Answer: 42 (since 40+2 = 42)
 42  ==  The answer is 42, which is even.
 70000  ==  The answer is $70,000 ($200,000 - $130,000).
+70000  ==  The answer is \$70,000 (\$200,000 - \$130,000).
+70000  ==  The answer is $70,000 ($200,000 – $130,000)
+36  ==  Answer: 36 dollars ($12 x 3)
+36  ==  Answer: £36 (£12 × 3).
 18  ==  The answer is $18 (9 * $2).
 18  ==  The answer is $18 because 9 * $2 = $18.
 18  ==  Answer: $18 ($9 for each of 2 eggs)
@@ -149,6 +153,7 @@ B  !=  The answer is $B$; C
 42  !=  The answer is > 42
 3  !=  The answer is x < 3, where x is real.
 5  !=  The answer is 5! = 120.
+3  !=  The answer is 3! since 3! = 6
 5  !=  The answer is 5 - 3
 10  !=  The answer is 10 cm by twenty cm
 5  !=  The answer is $5$ at least.
@@ -162,6 +167,7 @@ B  !=  The answer is $B$; C
 2  !=  The answer is f(x) = x^2
 42  !=  The answer is -42, which is negative.
 42  !=  Answer: 43 (since 40+2 = 42)
+70000  !=  The answer is $60,000 ($200,000 - $130,000).
 70000  !=  The answer is $60,000 ($200,000 - $130,000 = 70,000).
 # taken back
 42  !=  Answer: 42 is wrong
@@ -172,6 +178,8 @@ B  !=  The answer is $B$; C
 42  !=  The answer is 42, not 43.
 42  !=  The answer is 42 (not 43).
 42  !=  The answer is 42 (or 43).
+42  !=  The answer is $42$ (or $43$).
+42  !=  The answer is 42, this cannot be true.
 42  !=  The answer is 42 or so.
 42  !=  The answer is 42, but 43 fits.
 42  !=  The answer is 42 because it fits, wait, 43.
