@@ -3,7 +3,9 @@
 `python benchmarks/fuzz_grading.py --answers 100000 --data ../shared/data/bench`
 
 Answers are references of the benchmarks that have been cut, joined, repeated and filled with LaTeX at random; a third
-are nothing but random pieces. Every answer is graded; a batch of 5,000 at a time, after which memory is read.
+are nothing but random pieces. Half of them stand in a box, the others in a tag, behind a cue in English, Chinese or
+Japanese, or in emphasis, with random words about them. Every answer is graded; a batch of 5,000 at a time, after which
+memory is read.
 """
 
 # ruff: noqa: RUF001, SIM905 - look-alike characters are among the pieces; a line of pieces reads better than a list
@@ -26,6 +28,16 @@ PIECES = [
     *r"< > = != { } ( ) [ ] | , ; : . ! ^ _ + - * / % $ & 0 1 2 3 10 99 1000000 0.5 1e5 x y n k i e a b f(x)".split(),
     *"and or ½ ² π √ ° × − ∞ ≤ __import__('os') lambda".split(),
     *("\u202e", "\x00", "\ud800"),
+]
+PLACES = [
+    *("The answer is {}{}.", "Answer: ${}${}", "**Final Answer: {}**{}", "#### {}{}", "So we get **{}** ✅{}"),
+    *("<answer>{}{}</answer>", "<think>{}</think><answer>${}$</answer>", "<ANSWER>\n{}\n</ANSWER>{}", "{} <answer>{}"),
+    *("答案是{}。{}", "所以一共有{}{}。", "故选{}{}", "答えは${}${}です。", "答案：{}{}", "{}</think>{}"),
+]
+WORDS = [
+    *(" because {}", " (since {} = {})", ", which is {}", " if {}, {} if not", ", no, {}", ", so {}", " - or {}"),
+    *(" or {}", " and {}", "; {}", " million", " is wrong", ", not {}", ". Wait, {}", " ($9 - $2)", "，因为{}", "或{}"),
+    *("万", "個", "ではない", "，不，是{}", " __{}__", " **{}**", " `{}`", "", "", "", "", ""),
 ]
 
 
@@ -50,6 +62,15 @@ def mutate(rng: random.Random, answers: list[str]) -> str:
     return text[:3000]
 
 
+def response(rng: random.Random, answer: str, others: list[str]) -> str:
+    if rng.random() < 0.5:
+        return f"So \\boxed{{{answer}}}"
+    words = rng.choice(WORDS)
+    for _ in range(words.count("{}")):
+        words = words.replace("{}", rng.choice((answer, rng.choice(others))), 1)
+    return rng.choice(PLACES).replace("{}", answer, 1).replace("{}", words, 1)
+
+
 def resident_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -70,7 +91,7 @@ def main() -> None:
             pairs = []
             for gold in rng.choices(golds, k=size):
                 answer = mutate(rng, [gold] if rng.random() < 0.6 else golds)
-                pairs.append((f"So \\boxed{{{answer}}}", gold))
+                pairs.append((response(rng, answer, golds), gold))
             accepted += sum(verifier.grade_batch(pairs))
             workers = [w.process.pid for w in verifier._pool.workers if w.process is not None]
             print(

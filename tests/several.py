@@ -57,7 +57,7 @@ class CountingCoin(Coin):
 def main() -> None:
     loop.Trainer = Witness  # type: ignore[misc]
     loop.build_task = lambda *given: dataclasses.replace(build_task(*given), verifier=Coin())
-    evaluation.build_verifier = lambda config: CountingCoin(  # type: ignore[misc, assignment]
+    evaluation.build_verifier = lambda config, **_: CountingCoin(  # type: ignore[misc, assignment]
         Path(config.run_dir).with_suffix(f".graded{jax.process_index()}")
     )
     sys.exit(cli.main(sys.argv[1:]))

@@ -150,7 +150,7 @@ def test_an_evaluation_is_shared_by_all_processes(whole: Run, tmp_path: Path, mo
     """Half of the grading each, and the same file as one process's, which decodes all in one piece."""
     config = whole.folder / "config.yaml"
     words = ("--checkpoint", str(whole.folder), "--samples", "3", "--k", "1", "--out")
-    monkeypatch.setattr("dynamo_jax.evaluation.command.build_verifier", lambda _: Coin())
+    monkeypatch.setattr("dynamo_jax.evaluation.command.build_verifier", lambda _, **__: Coin())
     assert cli.main(["eval", str(config), *words, str(tmp_path / "one")]) == 0
     job = Job(config, whole.folder, 2, *words, str(tmp_path / "two"), *MESH, "rollout.batch=8", command="eval")
     assert job.statuses() == [0, 0]

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dynamo_jax.config import Config
-from dynamo_jax.evaluation.draw import Piece, content_key, graded_pieces
+from dynamo_jax.evaluation.draw import Piece, answered, content_key, graded_pieces
 from dynamo_jax.evaluation.samples import Row, SampleFile, evaluation_of
 from dynamo_jax.evaluation.scores import Evaluation, right, table, wide_table
 from dynamo_jax.hosts.peers import watched
@@ -36,7 +36,6 @@ from dynamo_jax.run.metrics import setup_logging
 from dynamo_jax.run.start import START_NAME, start_of_evaluation
 from dynamo_jax.run.stopping import Ending
 from dynamo_jax.sharding import agreed, make_mesh, start_devices, total
-from dynamo_jax.tasks.grading.extract import extract
 from dynamo_jax.tasks.grading.known_golds import known_problem
 from dynamo_jax.tasks.prompts import PromptSet
 from dynamo_jax.tasks.rewards import Grader, Grading, verdict_of
@@ -91,7 +90,8 @@ def eval_command(
             SampleFile(folder / f"{p.name}_n{samples}.jsonl", drawn_with | {"prompts": p.fingerprint}, samples)
             for p in prompt_sets
         ]
-        verifier = build_verifier(config, reading=start.reading)
+        opens_thinking = all(prompts.opens_thinking for prompts in prompt_sets)
+        verifier = build_verifier(config, reading=start.reading, opens_thinking=opens_thinking)
         stack.callback(verifier.close)
         if not regrade:
             if jax.process_index() == 0:
@@ -197,9 +197,10 @@ def _regrade(file: SampleFile, prompts: PromptSet, verifier: Grader) -> Evaluati
     changed = sum(row["correct"] != bool(grade) for row, grade in zip(rows, grades, strict=True))
     log.info("%s: %d of %d verdicts changed", file.path, changed, len(rows))
     file.drawn_with = file.header() or file.drawn_with
+    answers = answered(prompts, [row["text"] for row in rows])
     regraded = [
-        row | {"gold": gold_of[row["id"]], "correct": bool(grade), "answered": extract(row["text"]) is not None}
-        for row, grade in zip(rows, grades, strict=True)
+        row | {"gold": gold_of[row["id"]], "correct": bool(grade), "answered": has_answer}
+        for row, grade, has_answer in zip(rows, grades, answers, strict=True)
     ]
     file.write(regraded)
     return evaluation_of(prompts, file.samples, regraded)

@@ -15,7 +15,7 @@ from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.rollout.sampler import Sampler
 from dynamo_jax.rollout.text import decode_rollouts
 from dynamo_jax.sharding import own_share, total
-from dynamo_jax.tasks.grading.extract import extract
+from dynamo_jax.tasks.grading.extract import extract, reopened
 from dynamo_jax.tasks.prompts import PromptSet, pad_prompts
 from dynamo_jax.tasks.rewards import Grading
 from dynamo_jax.tasks.tokenizer import Tokenizer
@@ -33,6 +33,12 @@ class Piece(NamedTuple):
 def content_key(key: jax.Array, prompts: PromptSet) -> jax.Array:
     """The key for the samples of `prompts`: it depends on their content, not on their name or on sets beside them."""
     return jax.random.fold_in(key, int(prompts.fingerprint[:8], 16))
+
+
+def answered(prompts: PromptSet, texts: Sequence[str]) -> list[bool]:
+    """For each response to one of `prompts` whether it gives an answer, right or wrong."""
+    opened = prompts.opens_thinking
+    return [extract(reopened(text) if opened else text) is not None for text in texts]
 
 
 def graded_pieces(
@@ -68,15 +74,17 @@ def graded_pieces(
         waiting.append((rollouts, share, texts, grading.submit(list(zip(texts, golds, strict=True)))))
         start += size
         if len(waiting) > 1:
-            yield _judged(*waiting.popleft())
+            yield _judged(prompts, *waiting.popleft())
     while waiting:
-        yield _judged(*waiting.popleft())
+        yield _judged(prompts, *waiting.popleft())
 
 
-def _judged(rollouts: Rollouts, share: slice, texts: list[str], verdicts: Future[Sequence[float]]) -> Piece:
+def _judged(
+    prompts: PromptSet, rollouts: Rollouts, share: slice, texts: list[str], verdicts: Future[Sequence[float]]
+) -> Piece:
     judged_2B = np.zeros((2, len(rollouts.length_B)), np.int32)
     with PROGRESS.doing("grade the evaluation", patient=True):  # one process may have all the answers that take long
         judged_2B[0, share] = np.asarray(verdicts.result()) > 0.5
-        judged_2B[1, share] = [extract(text) is not None for text in texts]
+        judged_2B[1, share] = answered(prompts, texts)
     correct_B, answered_B = total(judged_2B).astype(bool)  # each entry is of one process, 0 on the others
     return Piece(rollouts, texts, correct_B, answered_B)

@@ -17,6 +17,7 @@ from dynamo_jax.config import ColumnsConfig
 from dynamo_jax.run.start import READING
 from dynamo_jax.tasks.chat import Message
 from dynamo_jax.tasks.files import set_name
+from dynamo_jax.tasks.grading.extract import opens_thinking
 from dynamo_jax.tasks.read import Row, read_rows
 from dynamo_jax.tasks.tokenizer import Tokenizer
 
@@ -50,6 +51,11 @@ class PromptSet:
     @property
     def dropped(self) -> int:
         return len(self.dropped_ids)
+
+    @property
+    def opens_thinking(self) -> bool:
+        """Do all prompts end inside an open `<think>`, by the chat template or the instruction?"""
+        return all(opens_thinking(prompt.text) for prompt in self.prompts)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -23,7 +23,7 @@ from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.tasks import arithmetic
 from dynamo_jax.tasks.grading.alternatives import alternatives
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
-from dynamo_jax.tasks.grading.extract import extract
+from dynamo_jax.tasks.grading.extract import END_OF_THINK, THINK, extract, reopened
 from dynamo_jax.tasks.grading.latex import normalise
 from dynamo_jax.tasks.grading.pool import Killed, Pool, RefusedError
 from dynamo_jax.tasks.gsm8k import gold_number, gsm8k
@@ -31,7 +31,6 @@ from dynamo_jax.tasks.gsm8k import gold_number, gsm8k
 MAX_CHARS = 400  # of a countdown expression
 _EXPRESSION = re.compile(r"[\d+\-*/() ]+")
 _FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 PULSE_SECONDS = 1.0
 
 
@@ -60,12 +59,11 @@ def exact(output: str, gold: str) -> float:
 def countdown(output: str, gold: str) -> float:
     """1 if the answer reaches the target with + - * / and parentheses, from every given number exactly once.
 
-    `gold` is JSON: `{"target": 24, "numbers": [3, 8, 8]}`. The answer stands in `<answer>` or where `math` looks for
-    it; "= 24" after it is allowed. Raises `ValueError` for another gold.
+    `gold` is JSON: `{"target": 24, "numbers": [3, 8, 8]}`. The answer stands where `math` looks for it, as in
+    `<answer>`; "= 24" after it is allowed. Raises `ValueError` for another gold.
     """
     target, numbers = countdown_gold(gold)
-    tags = _ANSWER_TAG.findall(output.rpartition("</think>")[2])
-    answer = tags[-1] if tags else extract(output)
+    answer = extract(output)
     if answer is None or len(answer) > MAX_CHARS:
         return 0.0
     left, _, right = answer.translate(str.maketrans("×÷−·", "*/-*")).partition("=")  # noqa: RUF001
@@ -103,11 +101,13 @@ def countdown_gold(gold: str) -> tuple[int, list[int]]:
 
 
 def format_reward(output: str) -> float:
-    """1 if the response keeps to the form: at most one closed `<think>`, then one closed and filled box."""
-    thought, closing, rest = output.rpartition("</think>")
-    thinking = output.count("<think>") == output.count("</think>") <= 1 and thought.lstrip().startswith(
-        "<think>" if closing else ""
-    )
+    """1 if the response keeps to the form: at most one closed `<think>`, then one closed and filled box.
+
+    The `<think>` may be missing before its end: the prompt may have ended with it.
+    """
+    rest = output.rpartition(END_OF_THINK)[2]
+    opened = output.count(THINK)
+    thinking = output.count(END_OF_THINK) <= 1 and (opened == 0 or (opened == 1 and output.lstrip().startswith(THINK)))
     return float(thinking and len(re.findall(r"\\boxed\s*\{", rest)) == 1 and extract(rest) is not None)
 
 
@@ -240,14 +240,36 @@ def _gold_problem(name: str, gold: str) -> str | None:
     return None if gold.strip() else "the reference answer is empty"
 
 
+class Reopened:
+    """Another grader, for prompts that end inside an open `<think>`: it sees each response with that in front."""
+
+    def __init__(self, base: Grader) -> None:
+        self.base = base
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self.base.counts
+
+    def grade_batch(self, pairs: Sequence[tuple[str, str]]) -> Sequence[float]:
+        return self.base.grade_batch([(reopened(output), gold) for output, gold in pairs])
+
+    def close(self) -> None:
+        self.base.close()
+
+
 class Shaped:
-    """Another grader's reward, plus `format_bonus` for the right form, less up to `length_penalty` for length."""
+    """Another grader's reward, plus `format_bonus` for the right form, less up to `length_penalty` for length.
+
+    With `opens_thinking` the form is that of the response with the `<think>` in front that its prompt ended with. That
+    counts for no length.
+    """
 
     def __init__(
-        self, base: Grader, format_bonus: float, penalty: float, length_free: int, length_limit: int
+        self, base: Grader, format_bonus: float, penalty: float, length_free: int, length_limit: int,
+        *, opens_thinking: bool = False,
     ) -> None:  # fmt: skip
         self.base, self.format_bonus, self.penalty = base, format_bonus, penalty
-        self.length_free, self.length_limit = length_free, length_limit
+        self.length_free, self.length_limit, self.opens_thinking = length_free, length_limit, opens_thinking
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -256,7 +278,7 @@ class Shaped:
     def added(self, output: str) -> float:
         """What the response gets beside the verdict."""
         penalty = self.penalty * length_penalty(output, self.length_free, self.length_limit)
-        return self.format_bonus * format_reward(output) + penalty
+        return self.format_bonus * format_reward(reopened(output) if self.opens_thinking else output) + penalty
 
     def grade_batch(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         rewards = self.base.grade_batch(pairs)

@@ -22,7 +22,7 @@ from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.overlap import shared_problems
 from dynamo_jax.tasks.prompts import PromptSet, load_prompts, make_prompt_set
 from dynamo_jax.tasks.read import Row
-from dynamo_jax.tasks.rewards import Grader, RewardGrader, Shaped
+from dynamo_jax.tasks.rewards import Grader, Reopened, RewardGrader, Shaped
 from dynamo_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger("dynamo_jax")
@@ -58,16 +58,21 @@ def build_tokenizer(config: Config, now: datetime | None = None) -> Tokenizer:
     )
 
 
-def build_verifier(config: Config, killed_file: Path | None = None, *, reading: int = READING) -> Grader:
+def build_verifier(
+    config: Config, killed_file: Path | None = None, *, reading: int = READING, opens_thinking: bool = False
+) -> Grader:
     """The task's grader. Workers start with the first answer that needs one; those of a user's own reward, at once.
 
-    The newest answers that cost a worker its life are written to `killed_file`. Of references of `reading` 1 a reward
-    of the user's own gets lists as they stand. Raises `ValueError` for one that cannot be loaded.
+    With `opens_thinking` the prompts end inside an open `<think>`, and every response is judged with that in front. Of
+    references of `reading` 1 a reward of the user's own gets lists as they stand. The newest answers that cost a worker
+    its life are written to `killed_file`. Raises `ValueError` for a reward of the user's own that cannot be loaded.
     """
     if config.task.kind == "arithmetic":
         return ArithmeticVerifier()
     r = config.task.reward
-    base = _base_grader(config, killed_file, reading)
+    base: Grader = _base_grader(config, killed_file, reading)
+    if opens_thinking:
+        base = Reopened(base)
     if not (r.format_bonus or r.length_penalty):
         return base
     if r.length_limit <= r.length_free:
@@ -75,7 +80,9 @@ def build_verifier(config: Config, killed_file: Path | None = None, *, reading: 
             f"task.reward.length_limit = {r.length_limit} must be above task.reward.length_free = {r.length_free}. "
             "Raise it."
         )
-    return Shaped(base, r.format_bonus, r.length_penalty, r.length_free, r.length_limit)
+    return Shaped(
+        base, r.format_bonus, r.length_penalty, r.length_free, r.length_limit, opens_thinking=opens_thinking
+    )  # fmt: skip
 
 
 def _base_grader(config: Config, killed_file: Path | None, reading: int = READING) -> Verifier | RewardGrader:
@@ -118,7 +125,9 @@ def build_task(config: Config, start: Start | None = None) -> Task:
                 "%s: its scores count the %d left out as wrong. Raise task.max_prompt_tokens, or take them out of the "
                 "file.", prompts.name, prompts.dropped,
             )  # fmt: skip
-    return Task(tokenizer, train, evals, build_verifier(config, killed_answers(config), reading=reading))
+    opens = train.opens_thinking
+    verifier = build_verifier(config, killed_answers(config), reading=reading, opens_thinking=opens)
+    return Task(tokenizer, train, evals, verifier)
 
 
 def eval_prompts(

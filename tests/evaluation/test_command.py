@@ -9,6 +9,7 @@ from command_line import MATH, compiled_once, no_work, refused, snapshot, traine
 from small_runs import timeless
 
 from dynamo_jax import cli
+from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer
 
 __all__ = ["compiled_once", "trained"]  # fixtures
 
@@ -244,6 +245,26 @@ def test_regrading_samples_nothing_and_uses_the_saved_texts(capsys, tmp_path, tr
     assert "| 100.0 (100.0 to 100.0)" in (after := capsys.readouterr().out)
     assert before != after
     assert json.loads((tmp_path / "results.json").read_text())["metrics"]["eval/heldout/pass@1"] == 1.0
+
+
+def test_regrading_knows_the_thinking_that_the_prompts_open(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("dynamo_jax.evaluation.command.build_tokenizer", lambda _: ArithmeticTokenizer())
+    monkeypatch.setattr(ArithmeticTokenizer, "encode", lambda _, text: [len(text)])  # of the prompts nothing is asked
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": "a", "problem": "2+3=?", "answer": "5"}) + "\n")
+    texts = [r"so 5</think> \boxed{5}", r"maybe \boxed{5}? wait"]
+    row = {"id": "a", "gold": "5", "tokens": 1, "truncated": False, "answered": True, "correct": True}
+    lines = [{"drawn_with": {}}, *(row | {"sample": i, "text": text} for i, text in enumerate(texts))]
+    for instruction, answers in (("\n<think>", [True, False]), ("\nThink.", [True, True])):
+        task = MATH | {"train": ["x.jsonl"], "tokenizer": "folder", "instruction": instruction}
+        config = write_config(tmp_path, task=task)
+        (tmp_path / "x_n2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        words = ["eval", config, "--checkpoint", "gone", "--benchmark", tmp_path / "x.jsonl", "--samples", 2, "--k", 1]
+        assert cli.main([*map(str, words), "--out", str(tmp_path), "--regrade"]) == 0
+        saved = [json.loads(line) for line in (tmp_path / "x_n2.jsonl").read_text().splitlines()[1:]]
+        assert [row["correct"] for row in saved] == answers
+        assert [row["answered"] for row in saved] == answers
+        assert [row["text"] for row in saved] == texts
+        capsys.readouterr()
 
 
 def test_export_keeps_what_is_there(capsys, tmp_path, trained):

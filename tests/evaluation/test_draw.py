@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dynamo_jax.batch import PromptBatch, Rollouts
-from dynamo_jax.evaluation.draw import content_key
+from dynamo_jax.evaluation.draw import answered, content_key
 from dynamo_jax.evaluation.scores import evaluate
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier
 from dynamo_jax.tasks.prompts import PromptSet, make_prompt_set
@@ -58,6 +58,19 @@ def test_every_sample_is_graded_in_its_place():
     assert evaluation.length.tolist() == [[3, 2, 3, 2]] * 5
     assert evaluation.truncated.tolist() == [[False, True, False, True]] * 5
     assert evaluation.no_answer.shape == (5, SAMPLES)
+
+
+def test_an_answer_inside_the_thinking_that_the_prompt_opened_is_none():
+    plain = problems()
+    rows = [(p.id, p.text + "<think>\n", p.answer, p.tokens) for p in plain.prompts]
+    opened = make_prompt_set("bench", rows)
+    texts = [r"maybe \boxed{5}? wait", r"maybe 4</think>\boxed{5}", "5</think>", r"<think>no</think> \boxed{5}"]
+    assert answered(plain, texts) == [True, True, False, True]
+    assert answered(opened, texts) == [False, True, False, True]
+    mixed = make_prompt_set("bench", [*rows[:1], *((p.id, p.text, p.answer, p.tokens) for p in plain.prompts[1:])])
+    assert answered(mixed, texts) == [True, True, False, True]  # some responses would never be right otherwise
+    assert run(Digits(), plain).no_answer.sum() == 0
+    assert run(Digits(), opened).no_answer.all()  # numbers without an end of the thinking
 
 
 def test_problems_that_are_too_long_count_in_training_too():

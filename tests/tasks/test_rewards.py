@@ -18,12 +18,14 @@ from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.rewards import (
     BUILT_IN,
     Grading,
+    Reopened,
     RewardGrader,
     Shaped,
     countdown,
     exact,
     format_reward,
     length_penalty,
+    verdict_of,
 )
 
 GOLD = '{"target": 24, "numbers": [3, 8, 8]}'
@@ -53,6 +55,9 @@ def test_countdown_refuses(answer, reward):
     [
         ("<answer>(10 - 4) * 4</answer>", '{"target": 24, "numbers": [10, 4, 4]}'),
         ("<think>10*4</think> <answer>(10 - 4) * 4 = 24</answer>", '{"target": 24, "numbers": [4, 10, 4]}'),
+        ("<ANSWER>\n(10 - 4) * 4\n</ANSWER>", '{"target": 24, "numbers": [10, 4, 4]}'),
+        ("<answer>10</answer><answer>4 * (10 - 4)</answer>", '{"target": 24, "numbers": [10, 4, 4]}'),
+        (r"<answer>\boxed{(10 - 4) * 4}</answer>", '{"target": 24, "numbers": [10, 4, 4]}'),
         (r"So \boxed{(10-4) \times 4}", '{"target": 24, "numbers": [10, 4, 4]}'),
         (r"\boxed{\frac{8}{3 - \frac{8}{3}}}", '{"target": 24, "numbers": [8, 3, 8, 3]}'),
         ("<answer>8 / (3 - 8/3)</answer>", '{"target": 24, "numbers": [8, 3, 8, 3]}'),
@@ -62,6 +67,21 @@ def test_countdown_refuses(answer, reward):
 def test_countdown_accepts(answer, gold):
     assert countdown(answer, gold) == 1
     assert countdown(answer.replace("=", "= 2 *"), gold) == (0 if "=" in answer else 1)
+
+
+@pytest.mark.parametrize(
+    ("output", "reward"),
+    [
+        (r"\boxed{24} <answer>(10-4)*4</answer>", 1),
+        (r"<answer>(10-4)*4</answer> \boxed{24}", 0),
+        ("<answer>(10-4)*4</answer> <answer>24</answer>", 0),
+        ("<answer>(10-4)*4", 0),
+        ("<think><answer>(10-4)*4</answer></think>", 0),
+        ("<answer>(10-4)*4 or 4*10-4*4</answer>", 0),
+    ],
+)
+def test_countdown_looks_where_the_others_look(output, reward):
+    assert countdown(output, '{"target": 24, "numbers": [10, 4, 4]}') == reward
 
 
 @pytest.mark.parametrize("gold", ["24", "[]", '{"target": 24}', '{"target": 1.5, "numbers": [1]}', "{" * 5000])
@@ -84,12 +104,49 @@ def test_exact():
 def test_format_and_length():
     assert format_reward(r"<think>a</think> so \boxed{1}") == 1
     assert format_reward(r"so \boxed{1}") == 1
-    for wrong in (r"\boxed{1} \boxed{2}", r"\boxed{", r"\boxed{}", r"<think>\boxed{1}", r"a</think>\boxed{1}", "1"):
+    for wrong in (r"\boxed{1} \boxed{2}", r"\boxed{", r"\boxed{}", r"<think>\boxed{1}", "1"):
         assert format_reward(wrong) == 0
     assert [length_penalty("x" * n, 10, 20) for n in (0, 10, 15, 20, 99)] == [0, 0, -0.5, -1, -1]
     shaped = Shaped(RewardGrader("exact"), format_bonus=0.5, penalty=1.0, length_free=10, length_limit=20)
     assert shaped.grade_batch([(r"\boxed{1}", "1"), (r"\boxed{1}" + " " * 11, "1"), ("no", "1")]) == [1.5, 0.5, 0]
     assert shaped.counts["graded"] == 3
+
+
+@pytest.mark.parametrize(
+    ("output", "reward"),
+    [
+        (r"reasoning</think>\boxed{5}", 1),  # the prompt may have ended with the opening
+        ("\n\nreasoning\n</think>\n\nSo $\\boxed{5}$.", 1),
+        (r"is it \boxed{4}?</think> \boxed{5}", 1),
+        ("</think>\\boxed{5}", 1),
+        (r"a</think>b</think>\boxed{5}", 0),
+        (r"a</think> 5", 0),
+        (r"a</think>\boxed{4} \boxed{5}", 0),
+        (r"a</think>\boxed{}", 0),
+        (r"a</think><think>\boxed{5}", 0),
+        (r"a<think>b</think>\boxed{5}", 0),
+        (r"<think><think>b</think>\boxed{5}", 0),
+    ],
+)
+def test_the_form_where_the_prompt_opened_the_thinking(output, reward):
+    assert format_reward(output) == reward
+
+
+def test_a_response_is_judged_with_the_opening_of_its_prompt():
+    base = Reopened(RewardGrader("exact"))
+    shaped = Shaped(base, format_bonus=0.5, penalty=1.0, length_free=20, length_limit=21, opens_thinking=True)
+    pairs = [
+        (r"why</think>\boxed{5}", "5"),
+        (r"maybe \boxed{5}? wait", "5"),  # cut off inside the reasoning
+        (r"<think>a</think>\boxed{5}", "5"),  # it writes the opening once more, and is long
+        (r"0123</think>\boxed{5}", "5"),  # 21 characters
+        (r"012</think>\boxed{5}", "5"),  # 20, without the opening
+    ]
+    assert shaped.grade_batch(pairs) == [1.5, -1.0, 0.5, 0.5, 1.5]
+    assert base.grade_batch(pairs) == [1, 0, 1, 1, 1]
+    assert (shaped.counts["graded"], verdict_of(shaped)) == (10, base)
+    unshaped = Shaped(RewardGrader("exact"), format_bonus=0.5, penalty=0.0, length_free=0, length_limit=1)
+    assert unshaped.grade_batch(pairs[1:2]) == [1.5]
 
 
 def test_a_built_in_reward_starts_no_process(monkeypatch):

@@ -3,17 +3,20 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import yaml
+from small_tokenizer import save_tokenizer
 
 from dynamo_jax.config import Config, PolicyConfig, load_config
 from dynamo_jax.run.start import Start
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve
 from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.read import Row
+from dynamo_jax.tasks.rewards import added_reward, verdict_of
 from dynamo_jax.tasks.task import build_task, build_tokenizer, build_verifier, check_golds, eval_prompts, killed_answers
 
 
@@ -81,6 +84,65 @@ def test_a_file_with_other_characters_is_refused(tmp_path):
 
 
 # --- math
+
+THINKING = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant] "
+
+
+@pytest.fixture
+def make_tokenizer(tmp_path: Path) -> Callable[[str], str]:
+    """Makes the folder of a small tokenizer whose chat template ends with the text that is given."""
+
+    def make(ending: str) -> str:
+        return save_tokenizer(tmp_path / "model", THINKING + ending)
+
+    return make
+
+
+OUTPUTS = [
+    (r"reasoning</think>\boxed{5}", "5"),
+    (r"maybe \boxed{5}? wait", "5"),
+    (r"maybe \boxed{4}? no</think> \boxed{5}", "5"),
+    (r"<think>\boxed{4}</think> \boxed{5}", "5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("ending", "more", "opens"),
+    [
+        ("<think>\n", {}, True),
+        ("<think>\nOkay, ", {}, True),
+        ("", {"chat_template": False, "instruction": "\nThink first.\n<think>"}, True),
+        ("", {}, False),
+        ("<think>\n\n</think>\n\n", {}, False),
+        ("", {"instruction": " Begin with <think>"}, False),  # the assistant's turn does not begin with it
+    ],
+)
+def test_responses_are_judged_with_the_thinking_that_their_prompts_open(tmp_path, make_tokenizer, ending, more, opens):
+    files = {
+        "train": [write(tmp_path / "a.jsonl", ("1+1=?", "2"))],
+        "eval": [write(tmp_path / "b.jsonl", ("1=?", "1"))],
+    }
+    options = files | {"kind": "math", "tokenizer": make_tokenizer(ending), "max_prompt_tokens": 64} | more
+    task = build_task(load(tmp_path, **options, reward={"format_bonus": 0.25}))
+    assert [prompts.opens_thinking for prompts in (task.train, *task.evals)] == [opens, opens]
+    with contextlib.closing(task.verifier):
+        assert task.verifier.grade_batch(OUTPUTS) == [1.25, 0 if opens else 1.25, 1.25, 1.25]
+        assert verdict_of(task.verifier).grade_batch(OUTPUTS) == [True, not opens, True, True]
+        assert [added_reward(task.verifier, output) for output, _ in OUTPUTS] == [0.25, 0.25 * (not opens), 0.25, 0.25]
+    plain = build_task(load(tmp_path, **options))
+    with contextlib.closing(plain.verifier):
+        assert plain.verifier.grade_batch(OUTPUTS) == [True, not opens, True, True]
+
+
+def test_the_users_reward_sees_the_thinking_that_the_prompts_open(tmp_path, make_tokenizer, monkeypatch):
+    (tmp_path / "sees.py").write_text("def f(output, gold): return output.startswith('<think>')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = write(tmp_path / "a.jsonl", ("1+1=?", "2"))
+    options = {"kind": "math", "train": [file], "reward": {"kind": "sees:f"}}
+    for ending, seen in (("<think>\n", [1, 1]), ("", [0, 1])):
+        task = build_task(load(tmp_path, **options, tokenizer=make_tokenizer(ending), max_prompt_tokens=64))
+        with contextlib.closing(task.verifier):
+            assert task.verifier.grade_batch([("a", "2"), ("<think>a", "2")]) == seen
 
 
 @pytest.fixture
