@@ -101,7 +101,9 @@ def as_words(text: str) -> str | None:
         return None
     plain = text.replace('"', " ")
     words = re.findall(r"[^\W\d_]+", plain)
-    if not words or not ('"' in text or max(map(len, words)) >= 3) or max(map(len, words)) < 2 or "," in plain:
+    longest = max(map(len, words), default=0)
+    # Two letters may be a product, all but "no".
+    if longest < 2 or not ('"' in text or longest >= 3 or plain.casefold() == "no") or "," in plain:
         return None
     joined = _ARTICLES.sub("", " ".join(plain.split()).strip(" .!()").casefold() + " ").strip()
     return _SYNONYMS.get(joined, joined) or None
