@@ -57,7 +57,8 @@ _LEADING = re.compile(
 )
 # What may not be left out after a formula.
 _CHANGING = re.compile(
-    rf"\s*(?:[,;\uff0c\uff1b]\s*\w|[%!^/*+=<>-]|{_SCALE}|(?:percent|plus|minus|times|divided|over|and|or|to|[a-zA-Z])(?![a-zA-Z]))",
+    rf"\s*(?:[,;\uff0c\uff1b]\s*\w|[%!^/*+=<>-]|{_SCALE}"
+    r"|(?:percent|plus|minus|times|divided|over|and|or|to|[a-zA-Z])(?![a-zA-Z]))",
     re.IGNORECASE,
 )
 _BOUND = (
@@ -72,8 +73,8 @@ _CHANGED_BEFORE = re.compile(
 )
 _BOUND_AFTER = re.compile(_BOUND, re.IGNORECASE)
 _BOUND_BEFORE = re.compile(
-    r"(?:\b(?:not|cannot|never|(?:less|more|fewer|greater|larger|smaller|rather)\s+than|at\s+(?:most|least))|n['\u2019]t)"
-    r"(?:\s+be)?(?:\s+equal)?(?:\s+to)?[\s$*\\(\[]*\Z|[\d$]\s*\bor\s*\Z"
+    r"(?:\b(?:not|cannot|never|(?:less|more|fewer|greater|larger|smaller|rather)\s+than|at\s+(?:most|least))"
+    r"|n['\u2019]t)(?:\s+be)?(?:\s+equal)?(?:\s+to)?[\s$*\\(\[]*\Z|[\d$]\s*\bor\s*\Z"
     rf"|{east_asian.BOUND_BEFORE}",
     re.IGNORECASE,
 )

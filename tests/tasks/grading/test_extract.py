@@ -128,6 +128,11 @@ Yes  ==  The answer is Yes, because 2 divides 4.
 32  ==  The answer is thirty-two, since 32 = 2^5.
 1200  ==  The answer is $1,200 - the rent for 2 months.
 7  ==  **Answer: 7** (because 3 + 4 = 7)
+1/2  ==  The answer is $\frac{1}{2}$, or equivalently $0.5$.
+1/2  ==  The answer is 1/2. Or, as a decimal, 0.5.
+42  ==  The answer is $42$ to the nearest integer.
+42  ==  The answer is $42$ with equality for $x = 3$.
+42  ==  The answer is 42 (no other value fits).
 # lists and tuples stay
 1,2,3  ==  The answer is 1, 2, and 3, which are all below 4.
 3,5  ==  The answer is 3, 5
@@ -155,6 +160,8 @@ B  !=  The answer is $B$; C
 5  !=  The answer is 5! = 120.
 3  !=  The answer is 3! since 3! = 6
 5  !=  The answer is 5 - 3
+5  !=  The answer is 5 with remainder 2.
+42  !=  The answer is 42 as well as $43$.
 10  !=  The answer is 10 cm by twenty cm
 5  !=  The answer is $5$ at least.
 5  !=  The answer is $5$ or more.
@@ -176,6 +183,7 @@ B  !=  The answer is $B$; C
 42  !=  The answer is 42, no, 43
 42  !=  The answer is $42$, no, $43$
 42  !=  The answer is 42, not 43.
+42  !=  The answer is 42, no 43.
 42  !=  The answer is 42 (not 43).
 42  !=  The answer is 42 (or 43).
 42  !=  The answer is $42$ (or $43$).
