@@ -231,6 +231,12 @@ EMPHASIS = r"""
 73  ==  Answer: ~~72~~ **73**
 73  ==  **Answer:** **73** ✅ (verified)
 x^2+1  ==  The answer is `x^2+1`.
+1/2  ==  So the result is **\frac{1}{2}**
+2\pi  ==  So the result is __2\pi__.
+2  !=  So the result is **\frac{1}{2}**
+3  !=  So x is **\frac{4}{3}** ✅
+2  !=  So the result is **n^2**
+42  !=  So we get **42x**
 73  !=  Answer: ~~73~~ **74**
 73  !=  So **73** ✅ is wrong
 73  !=  **73** or **74**, the answer is **74** ✅
@@ -330,6 +336,9 @@ def test_the_place_of_the_answer(gold: str, verdict: str, output: str) -> None:
         ("The answer is AB = 3, BC = 4", "AB = 3, BC = 4"),
         ("It costs $5 and $x = 3$ holds", "x = 3"),
         ("The answer is sqrt 42", "sqrt 42"),
+        ("Its length is 42cm.", "42cm"),
+        ("So n=42, as claimed", "42"),
+        ("所以x=\\frac{4}{3}。", "x=\\frac{4}{3}。"),
         ("Answer: ② ✅", "②"),
         ("答案是42亿人。", "42亿"),
         ("答案是42万以上。", "42万以上"),
