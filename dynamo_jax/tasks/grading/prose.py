@@ -51,13 +51,21 @@ _SCALE = (
     r"(?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth)s?)(?![a-zA-Z])"
 )
 _SCALED = re.compile(rf"(?:\s*{_SCALE})+", re.IGNORECASE)
+# Before and behind a number that is no part of a formula, and the rest of a formula that has no spaces.
+_ALONE_BEFORE = re.compile(
+    r"\A\Z|[\s=(\[:,;\"'$|~\u2000-\u206f\u20a0-\u20bf\u2192\u2248\u2600-\u27bf\u3000-\uffff\U0001f000-\U0001faff]\Z"
+)
+_GOES_ON = re.compile(r"[a-zA-Z\\^_({]")
+_RUN_BEFORE = re.compile(rf"[^\s{east_asian.LETTERS}]+\Z")
+_RUN_AFTER = re.compile(rf"[^\s{east_asian.LETTERS}]+(?<![.,;:!?)])")
 # Words before a number that only lead to it: two or more, or one of these.
 _LEADING = re.compile(
     r"\S+\s+\S|(?:indeed|simply|just|precisely|clearly|thus|therefore|then|still|only)\s", re.IGNORECASE
 )
 # What may not be left out after a formula.
 _CHANGING = re.compile(
-    rf"\s*(?:[,;\uff0c\uff1b]\s*\w|[%!^/*+=<>-]|{_SCALE}|(?:percent|plus|minus|times|divided|over|and|or|to|[a-zA-Z])(?![a-zA-Z]))",
+    rf"\s*(?:[,;\uff0c\uff1b]\s*\w|[%!^/*+=<>-]|{_SCALE}"
+    r"|(?:percent|plus|minus|times|divided|over|and|or|to|[a-zA-Z])(?![a-zA-Z]))",
     re.IGNORECASE,
 )
 _BOUND = (
@@ -72,8 +80,8 @@ _CHANGED_BEFORE = re.compile(
 )
 _BOUND_AFTER = re.compile(_BOUND, re.IGNORECASE)
 _BOUND_BEFORE = re.compile(
-    r"(?:\b(?:not|cannot|never|(?:less|more|fewer|greater|larger|smaller|rather)\s+than|at\s+(?:most|least))|n['\u2019]t)"
-    r"(?:\s+be)?(?:\s+equal)?(?:\s+to)?[\s$*\\(\[]*\Z|[\d$]\s*\bor\s*\Z"
+    r"(?:\b(?:not|cannot|never|(?:less|more|fewer|greater|larger|smaller|rather)\s+than|at\s+(?:most|least))"
+    r"|n['\u2019]t)(?:\s+be)?(?:\s+equal)?(?:\s+to)?[\s$*\\(\[]*\Z|[\d$]\s*\bor\s*\Z"
     rf"|{east_asian.BOUND_BEFORE}",
     re.IGNORECASE,
 )
@@ -199,7 +207,7 @@ def _last_value(text: str) -> str | None:
     if formulas and not (numbers and numbers[-1].start() > formulas[-1].end):
         opened, start, end, closed = formulas[-1]
     elif numbers:
-        start, end = opened, closed = numbers[-1].span()
+        start, end = opened, closed = _unit_of(text, *numbers[-1].span())
     else:
         return None
     if _BOUND_BEFORE.search(text, max(0, opened - 40), opened):
@@ -208,6 +216,14 @@ def _last_value(text: str) -> str | None:
         return None
     scale = _SCALED.match(text, closed) or east_asian.CHANGED.match(text, closed)
     return text[start:end] + text[closed : scale.end()] if scale else text[start:end]
+
+
+def _unit_of(text: str, start: int, end: int) -> tuple[int, int]:
+    """The place of a number, or of the formula without marks that it is a part of: "\\frac{4}{3}", "42x", "x+3"."""
+    if _ALONE_BEFORE.search(text, max(0, start - 1), start) and not _GOES_ON.match(text, end):
+        return start, end
+    before, after = _RUN_BEFORE.search(text, max(0, start - 200), start), _RUN_AFTER.match(text, end)
+    return before.start() if before else start, after.end() if after else end
 
 
 def _bare(text: str) -> str:

@@ -13,27 +13,31 @@ from collections.abc import Sequence
 
 from dynamo_jax.tasks.grading.exact import NotRationalError, evaluate
 
+_NUMBER_WORD = (
+    r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|forty|fifty|sixty|"
+    r"seventy|eighty|ninety|hundred)(?![a-zA-Z])"
+)
 # A word of prose, and not the name of a function, a letter or a number, nor a label before a sign.
 _WORD = (
-    r"(?!(?:and|or|nor|sin|cos|tan|cot|sec|csc|arc\w+|log|exp|sqrt|max|min|gcd|lcm|inf\w*|alpha|beta|gamma|delta|theta|"
-    r"lambda|sigma|omega|phi|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|thirty|"
-    r"forty|fifty|sixty|seventy|eighty|ninety|undefined|none)(?![a-zA-Z]))"
+    rf"(?!{_NUMBER_WORD}|(?:and|or|nor|sin|cos|tan|cot|sec|csc|arc\w+|log|exp|sqrt|max|min|gcd|lcm|inf\w*|alpha|beta|"
+    r"gamma|delta|theta|lambda|sigma|omega|phi|undefined|none)(?![a-zA-Z]))"
     r"(?:[A-Za-z][a-z]{2,}+|(?:it|we|in|by|he|on|an)(?![a-zA-Z]))(?!\s*[=^_<>]|\()"
 )
-_PLAIN_WORD = (
-    r"(?:\s+(?!(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty|hundred)\b)[A-Za-z]{3,})"
-)
 _REASON = (
-    r"(?:[Bb]ecause|[Ss]ince|as(?!\s+(?:well|low|high|small|large|much|many|few)\b)|so|where|which|whose|when|whenever|"
-    r"if|for|that|i\.?\s?e|e\.g|given|hence|thus|therefore|while|meaning|namely|making|obtained|assuming|due|owing|"
-    rf"at(?!\s+(?:most|least)\b)|(?:by|from|using|thanks)(?={_PLAIN_WORD})|in\s+(?:total|all)|after(?!\s+round)|and\s+(?:this|that|it|we)|[\u2234\u2235])(?![a-zA-Z]|\s*[=^_(])"
+    r"(?:[Bb]ecause|[Ss]ince|as(?!\s+(?:well|low|high|small|large|much|many|few|opposed)\b)|so|where|which|whose|when|"
+    r"whenever|if|for|that|i\.?\s?e|e\.g|given|hence|thus|therefore|while|meaning|namely|making|obtained|assuming|due|"
+    r"owing|rounded|at(?!\s+(?:most|least)\b)|in\s+(?:total|all)|after(?!\s+round)|and\s+(?:this|that|it|we)|"
+    r"with(?!\s+(?:(?:a|an)\s+)?(?:remainder|error)|\s+\d)|or\s+equivalently|"
+    r"to\s+(?:the\s+nearest|\w+\s+(?:decimal|significant))|"
+    rf"(?:by|from|using|thanks)(?=\s+(?!{_NUMBER_WORD})[A-Za-z]{{3,}})|[\u2234\u2235])(?![a-zA-Z]|\s*[=^_(])"
 )
 _WRONG = r"(?:wrong|incorrect|false|mistaken|untrue|invalid|impossible|an?\s+(?:mistake|error))(?![a-zA-Z])"
 _NOT = r"(?:not|never|(?<=n)['\u2019]t)(?![a-zA-Z])"
+_NO = r"no(?=\s*(?:[.,;:!?)\d$\u2013\u2014-]|\Z))"
 _DENIAL = (
-    r"(?:(?:not|no|nope|wait|but|rather|instead|either|neither|maybe|perhaps|possibly|though|although|however|unless|"
-    r"actually|except|otherwise|sorry|oops|hmm+|cannot|can\s+not|can['\u2019]t|(?:is|was|are|does|could|would)n['\u2019]t|"
-    r"or\s+(?:so|not|maybe|perhaps|less|more|rather|is))(?![a-zA-Z])"
+    rf"(?:(?:not|{_NO}|nope|wait|but|rather|instead|either|neither|maybe|perhaps|possibly|though|although|however|"
+    r"unless|actually|except|otherwise|sorry|oops|hmm+|cannot|can\s+not|can['\u2019]t|"
+    r"(?:is|was|are|does|could|would)n['\u2019]t|or\s+(?:so|not|maybe|perhaps|less|more|rather|is))(?![a-zA-Z])"
     rf"|{_WRONG}|(?:is|was|are|seems|looks|must\s+be|does|would\s+be)\s+(?:\w+ly\s+)?(?:{_NOT}|{_WRONG}))"
 )
 _BETWEEN = r"\s,;:\uff0c\uff1b\u2013\u2014-"  # punctuation between a value and a remark
@@ -45,14 +49,14 @@ _DENIED = re.compile(rf"[.(\uff08{_BETWEEN}]*+{_DENIAL}", re.IGNORECASE)
 _DENIED_NEXT = re.compile(rf"[^\w\n.!?]*+{_DENIAL}", re.IGNORECASE)
 _THAT = r"\b(?:that|this|it|which)"
 _CORRECTION = (
-    r"(?:\b(?:wait|oops|scratch\s+that|correction|i\s+mean|make\s+that|nope|hmm+|not\s+sure|no(?=\s*[,.;:!\u2013\u2014-]))"
-    rf"(?![a-zA-Z])|{_THAT}(?:['\u2019]s|\s+(?:is|was|seems|must\s+be))\s+(?:\w+ly\s+)?"
+    r"(?:\b(?:wait|oops|scratch\s+that|correction|i\s+mean|make\s+that|nope|hmm+|not\s+sure|"
+    rf"no(?=\s*[,.;:!\u2013\u2014-]))(?![a-zA-Z])|{_THAT}(?:['\u2019]s|\s+(?:is|was|seems|must\s+be))\s+(?:\w+ly\s+)?"
     rf"(?:not\s+(?:right|correct|true|it|the)\b|{_WRONG})"
     rf"|{_THAT}\s+can(?:not|\s+not|['\u2019]t)\s+be(?:\s+(?:right|correct|true|it))?\s*(?:[.,;!]|\Z)"
     r"|\bshould\s+(?:be|have\s+been)\s\W{0,20}\d)"
 )
 _CORRECTED = re.compile(_CORRECTION, re.IGNORECASE)
-_SECOND_THOUGHT = re.compile(rf"\W*(?:but\s+|oh\W+)?(?:(?:actually|sorry|or)\b|{_CORRECTION})", re.IGNORECASE)
+_SECOND_THOUGHT = re.compile(rf"\W*(?:but\s+|oh\W+)?(?:(?:actually|sorry)\b|{_CORRECTION})", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Za-z-]+(?: [A-Za-z-]+){0,2}?(?=,?\s+(?:because|since)\b|,\s+(?:which|so|as|i\.e)\b)")
 _CONDITION = re.compile(rf"[{_BETWEEN}]*+(if|when|whenever|for|where|at)(?![a-zA-Z])")
 _ANOTHER = re.compile(r"[,;]|\b(?:and|or|but|while)\b")
@@ -65,7 +69,8 @@ _BRACKET = re.compile(r"\\[()\[\]{}]|\\[a-zA-Z]+|[()\[\]{}\uff08\uff09]")
 _OPENING = "([{\uff08"
 _ORIGIN = re.compile(rf"{_REASON}|(?:from|by|using|see|mod|verified|checked|correct|exact|exactly)\b")
 _ARITHMETIC = re.compile(r"[\d.\s()+*/-]*[\d)]\s*[-+*/][\d.\s()+*/-]*")
-_CASE = re.compile(r"[\s$]*(?:-?\d[^;]*?\b(?:if|when|otherwise|else)\b|or\b)")  # "42 (43 if n is odd)"
+# "42 (43 if n is odd)", "42 (or 43)"
+_CASE = re.compile(r"[\s$]*(?:-?\d[^;]*?\b(?:if|when|otherwise|else)\b|or\b(?!\s+equivalently))")
 _TIMES = re.compile(r"\\(?:times|cdot)(?![a-zA-Z])|(?<=[\d\s])(?:x|times)(?=[\s\d$])")
 _MARKS = ("$", "\\)", "\\]")
 _PLAIN = str.maketrans(

@@ -128,6 +128,11 @@ Yes  ==  The answer is Yes, because 2 divides 4.
 32  ==  The answer is thirty-two, since 32 = 2^5.
 1200  ==  The answer is $1,200 - the rent for 2 months.
 7  ==  **Answer: 7** (because 3 + 4 = 7)
+1/2  ==  The answer is $\frac{1}{2}$, or equivalently $0.5$.
+1/2  ==  The answer is 1/2. Or, as a decimal, 0.5.
+42  ==  The answer is $42$ to the nearest integer.
+42  ==  The answer is $42$ with equality for $x = 3$.
+42  ==  The answer is 42 (no other value fits).
 # lists and tuples stay
 1,2,3  ==  The answer is 1, 2, and 3, which are all below 4.
 3,5  ==  The answer is 3, 5
@@ -155,6 +160,8 @@ B  !=  The answer is $B$; C
 5  !=  The answer is 5! = 120.
 3  !=  The answer is 3! since 3! = 6
 5  !=  The answer is 5 - 3
+5  !=  The answer is 5 with remainder 2.
+42  !=  The answer is 42 as well as $43$.
 10  !=  The answer is 10 cm by twenty cm
 5  !=  The answer is $5$ at least.
 5  !=  The answer is $5$ or more.
@@ -176,6 +183,7 @@ B  !=  The answer is $B$; C
 42  !=  The answer is 42, no, 43
 42  !=  The answer is $42$, no, $43$
 42  !=  The answer is 42, not 43.
+42  !=  The answer is 42, no 43.
 42  !=  The answer is 42 (not 43).
 42  !=  The answer is 42 (or 43).
 42  !=  The answer is $42$ (or $43$).
@@ -223,6 +231,12 @@ EMPHASIS = r"""
 73  ==  Answer: ~~72~~ **73**
 73  ==  **Answer:** **73** ✅ (verified)
 x^2+1  ==  The answer is `x^2+1`.
+1/2  ==  So the result is **\frac{1}{2}**
+2\pi  ==  So the result is __2\pi__.
+2  !=  So the result is **\frac{1}{2}**
+3  !=  So x is **\frac{4}{3}** ✅
+2  !=  So the result is **n^2**
+42  !=  So we get **42x**
 73  !=  Answer: ~~73~~ **74**
 73  !=  So **73** ✅ is wrong
 73  !=  **73** or **74**, the answer is **74** ✅
@@ -322,6 +336,9 @@ def test_the_place_of_the_answer(gold: str, verdict: str, output: str) -> None:
         ("The answer is AB = 3, BC = 4", "AB = 3, BC = 4"),
         ("It costs $5 and $x = 3$ holds", "x = 3"),
         ("The answer is sqrt 42", "sqrt 42"),
+        ("Its length is 42cm.", "42cm"),
+        ("So n=42, as claimed", "42"),
+        ("所以x=\\frac{4}{3}。", "x=\\frac{4}{3}。"),
         ("Answer: ② ✅", "②"),
         ("答案是42亿人。", "42亿"),
         ("答案是42万以上。", "42万以上"),
