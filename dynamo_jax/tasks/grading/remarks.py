@@ -46,6 +46,12 @@ _TAIL = re.compile(
     rf"|(?<!\s)\s+(?:-{{1,3}}|[\u2013\u2014])\s*+(?={_WORD})|(?:--+|\u2014)\s*+(?={_WORD})"
 )
 _DENIED = re.compile(rf"[.(\uff08{_BETWEEN}]*+{_DENIAL}", re.IGNORECASE)
+# "42, not 43", "42 rather than 43": another value is denied.
+_CONTRAST = re.compile(
+    rf"[(\uff08{_BETWEEN}]*+(?:and\s+)?(?:not|rather\s+than|instead\s+of)\s+(?:[-+]?[\d$\\.(]|[A-Ja-z](?![a-zA-Z]))",
+    re.IGNORECASE,
+)
+_ANY_DENIAL = re.compile(rf"(?<![a-zA-Z]){_DENIAL}", re.IGNORECASE)
 _DENIED_NEXT = re.compile(rf"[^\w\n.!?]*+{_DENIAL}", re.IGNORECASE)
 _THAT = r"\b(?:that|this|it|which)"
 _CORRECTION = (
@@ -122,6 +128,9 @@ def second_thought(text: str) -> bool:
 
 
 def _taken_back(text: str, end: int) -> bool:
+    contrast = _CONTRAST.match(text, end)
+    if contrast:
+        return _ANY_DENIAL.search(text, contrast.end()) is not None
     if _DENIED.match(text, end) or _CORRECTED.search(text, end):
         return True
     condition = _CONDITION.match(text, end)
@@ -159,6 +168,8 @@ def _is_remark(inside: str, value: str) -> bool:
     """
     if _CASE.match(inside):
         return False
+    if _CONTRAST.match(inside):
+        return True
     words = [word for word in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]+", inside) if len(word) > 1]
     if len(words) > 1 or "=" in inside or (words and _ORIGIN.match(inside.strip())):
         return True

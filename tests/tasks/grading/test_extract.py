@@ -182,9 +182,16 @@ B  !=  The answer is $B$; C
 42  !=  The answer is 42, which is wrong.
 42  !=  The answer is 42, no, 43
 42  !=  The answer is $42$, no, $43$
-42  !=  The answer is 42, not 43.
+42  ==  The answer is 42, not 43.
+43  !=  The answer is 42, not 43.
+42  !=  The answer is 42, not 43 but 44.
+42  ==  The answer is $42$ rather than $43$.
+42  !=  The answer is 42, not correct.
 42  !=  The answer is 42, no 43.
-42  !=  The answer is 42 (not 43).
+42  ==  The answer is 42 (not 43).
+43  !=  The answer is 42 (not 43).
+B  ==  The answer is B, not C.
+42  !=  The answer is 42, not 43, wait.
 42  !=  The answer is 42 (or 43).
 42  !=  The answer is $42$ (or $43$).
 42  !=  The answer is 42, this cannot be true.
