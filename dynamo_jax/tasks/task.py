@@ -17,6 +17,7 @@ from dynamo_jax.config.choices import VerifierKind
 from dynamo_jax.run.bucket import locations
 from dynamo_jax.run.start import READING, Start
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
+from dynamo_jax.tasks.grading.extract import END_OF_THINK
 from dynamo_jax.tasks.grading.known_golds import known_problem
 from dynamo_jax.tasks.grading.verifier import Verifier
 from dynamo_jax.tasks.overlap import shared_problems
@@ -126,6 +127,12 @@ def build_task(config: Config, start: Start | None = None) -> Task:
                 "file.", prompts.name, prompts.dropped,
             )  # fmt: skip
     opens = train.opens_thinking
+    if opens and END_OF_THINK not in tokenizer.decode(tokenizer.encode(END_OF_THINK)):
+        log.warning(
+            "%s: its texts lack %s, which is a special token of it or unknown to it. As the prompts end inside an open "
+            "<think>, no response can be seen to end its reasoning: all are wrong. Make it a token that is not special.",
+            config.task.tokenizer, END_OF_THINK,
+        )  # fmt: skip
     verifier = build_verifier(config, killed_answers(config), reading=reading, opens_thinking=opens)
     return Task(tokenizer, train, evals, verifier)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_tokenizer import save_tokenizer
+from small_tokenizer import WORDS, save_tokenizer
 
 from dynamo_jax.config import Config, PolicyConfig, load_config
 from dynamo_jax.run.start import Start
@@ -89,11 +89,11 @@ THINKING = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[a
 
 
 @pytest.fixture
-def make_tokenizer(tmp_path: Path) -> Callable[[str], str]:
-    """Makes the folder of a small tokenizer whose chat template ends with the text that is given."""
+def make_tokenizer(tmp_path: Path) -> Callable[..., str]:
+    """Makes the folder of a small tokenizer whose chat template ends with the text that is given; it knows `more` words."""
 
-    def make(ending: str) -> str:
-        return save_tokenizer(tmp_path / "model", THINKING + ending)
+    def make(ending: str, *more: str) -> str:
+        return save_tokenizer(tmp_path / "model", THINKING + ending, [*WORDS, *more])
 
     return make
 
@@ -132,6 +132,14 @@ def test_responses_are_judged_with_the_thinking_that_their_prompts_open(tmp_path
     plain = build_task(load(tmp_path, **options))
     with contextlib.closing(plain.verifier):
         assert plain.verifier.grade_batch(OUTPUTS) == [True, not opens, True, True]
+
+
+def test_a_tokenizer_that_hides_the_end_of_the_thinking_is_warned_of(tmp_path, make_tokenizer, caplog):
+    options = {"kind": "math", "train": [write(tmp_path / "a.jsonl", ("1 + 1 = ?", "2"))], "max_prompt_tokens": 64}
+    for ending, more, warned in (("<think>", ["</think>"], 0), ("", [], 0), ("<think>", [], 1)):
+        task = build_task(load(tmp_path, **options, tokenizer=make_tokenizer(ending, *more)))
+        task.verifier.close()
+        assert sum("its texts lack </think>" in text for text in caplog.messages) == warned
 
 
 def test_the_users_reward_sees_the_thinking_that_the_prompts_open(tmp_path, make_tokenizer, monkeypatch):

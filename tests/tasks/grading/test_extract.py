@@ -50,7 +50,8 @@ B  ==  <answer>B. 12</answer>
 5  !=  <answer>either 5 or 6</answer>
 5  !=  <answer>3, 5</answer>
 5  !=  <answer>5, no wait 6</answer>
-5  !=  <answer>5, not 6</answer>
+5  ==  <answer>5, not 6</answer>
+6  !=  <answer>5, not 6</answer>
 5  !=  <answer>5. No, 6.</answer>
 5  !=  <answer>The answer is 5. Or 6.</answer>
 5  !=  <answer>5 ... 7</answer>
