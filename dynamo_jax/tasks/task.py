@@ -129,8 +129,8 @@ def build_task(config: Config, start: Start | None = None) -> Task:
     opens = train.opens_thinking
     if opens and END_OF_THINK not in tokenizer.decode(tokenizer.encode(END_OF_THINK)):
         log.warning(
-            "%s: its texts lack %s, which is a special token of it or unknown to it. As the prompts end inside an open "
-            "<think>, no response can be seen to end its reasoning: all are wrong. Make it a token that is not special.",
+            "%s: its texts lack %s, a special token of it or unknown to it. As the prompts end inside an open "
+            "<think>, no response can be seen to end its reasoning: all are wrong. Make it a token that is none.",
             config.task.tokenizer, END_OF_THINK,
         )  # fmt: skip
     verifier = build_verifier(config, killed_answers(config), reading=reading, opens_thinking=opens)

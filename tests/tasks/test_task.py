@@ -90,7 +90,7 @@ THINKING = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[a
 
 @pytest.fixture
 def make_tokenizer(tmp_path: Path) -> Callable[..., str]:
-    """Makes the folder of a small tokenizer whose chat template ends with the text that is given; it knows `more` words."""
+    """Makes the folder of a small tokenizer that knows `more` words; its chat template ends with `ending`."""
 
     def make(ending: str, *more: str) -> str:
         return save_tokenizer(tmp_path / "model", THINKING + ending, [*WORDS, *more])
