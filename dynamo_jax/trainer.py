@@ -39,7 +39,7 @@ from dynamo_jax.run.keeper import Keeper
 from dynamo_jax.run.metrics import ProgressBar, plain_numbers, setup_logging
 from dynamo_jax.run.phases import Phases
 from dynamo_jax.run.profiling import Profile
-from dynamo_jax.run.start import START_NAME, start_in
+from dynamo_jax.run.start import START_NAME, start_of_run
 from dynamo_jax.run.stopping import Ending, Interrupted, Stopping
 from dynamo_jax.run.storage import TemporaryFailure, patiently
 from dynamo_jax.run.writer import sample_lines
@@ -79,20 +79,19 @@ def train(config: Config, profile: tuple[int, int] | None = None) -> None:
     with watched(ending.lost) as ending.peers, ExitStack() as stack:
         stack.push(ending.announce)
         mesh = make_mesh(config.mesh)
-        folder = stack.enter_context(open_run_folder(config.run_dir, config.checkpoint.patience)) if writer else None
-        start = start_of_process_0(start_in(folder.path, folder.has_checkpoint()) if folder else None)
+        start = start_of_process_0(start_of_run(config.run_dir, config.checkpoint.patience) if writer else None)
         task = build_task(config, start)
         stack.callback(task.verifier.close)
         trainer = Trainer(config, task, mesh, ending)
-        trainer.folder = folder
-        if folder:
+        if writer:
+            trainer.folder = folder = stack.enter_context(open_run_folder(config.run_dir, config.checkpoint.patience))
             folder.check_or_write_config(config)
             folder.write_atomic(START_NAME, start.text())
             stopped = (Interrupted, TemporaryFailure, KeyboardInterrupt)
             ending.status = stack.enter_context(Status(folder, config.trainer.steps, stopped))
         check_same_run(config, task.fingerprints)
         trainer.run(profile)
-        if folder:
+        if writer:
             with PROGRESS.doing("report", patient=True):
                 for action in (partial(write_report, [folder.path], folder.path / "report.html"), folder.sync):
                     patiently(action, "the report", config.checkpoint.patience)

@@ -123,7 +123,7 @@ class RunFolder:
         old = self._read_config()
         new = resolved(config)
         # Before the first checkpoint there is no result that a corrected path or value could change.
-        changed = differences(old, new) if old is not None and self.has_checkpoint() else []
+        changed = differences(old, new) if old is not None and self._has_checkpoint() else []
         if changed:
             raise ConfigError(
                 f"{self.config_path}: this run was started with other values, which would change its result: "
@@ -132,10 +132,6 @@ class RunFolder:
         if old != new:
             self.write_atomic(CONFIG_NAME, dump_config(config))
         return old is not None
-
-    def has_checkpoint(self) -> bool:
-        """Whether there is anything to resume. Raises `StorageError` if a bucket cannot be reached."""
-        return bool(step_folders(self.checkpoints))
 
     def sync(self) -> None:
         """Make all files safe against the loss of this machine, where the folder is in a bucket."""
@@ -152,6 +148,9 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close()
+
+    def _has_checkpoint(self) -> bool:
+        return bool(step_folders(self.checkpoints))
 
     def _read_config(self) -> dict[str, Any] | None:
         try:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynamo_jax.config import ConfigError
-from dynamo_jax.run.bucket import is_remote, reaching
-from dynamo_jax.run.folder import CONFIG_NAME
+from dynamo_jax.run.bucket import is_remote, locations, permanent, place, reaching
+from dynamo_jax.run.checkpoint_files import step_folders
+from dynamo_jax.run.folder import CONFIG_NAME, cannot_write
+from dynamo_jax.run.storage import StorageError, patiently
 
 START_NAME = "started.json"
 READING = 2  # how data files are read today (`tasks/read.py`); 1: as they were before runs kept this file
@@ -50,24 +52,42 @@ def start_in(folder: Path, began: bool) -> Start:
     return Start(datetime.datetime.fromtimestamp(int(config.stat().st_mtime)), reading=1)
 
 
+def start_of_run(run_dir: str, patience: float) -> Start:
+    """The start of the run in a folder that nobody has opened yet, which may be in a bucket or not be there.
+
+    Raises `ConfigError` if it cannot be read, `TemporaryFailure` if a bucket does not answer for `patience` seconds.
+    """
+    folder, checkpoints = place(run_dir), locations(run_dir).checkpoints
+
+    def read() -> Start:
+        try:
+            return start_in(folder, began=bool(step_folders(checkpoints)))
+        except StorageError as error:
+            if permanent(error):
+                raise ConfigError(f"run_dir = {error}") from error
+            raise
+        except OSError as error:  # the machine's own disk is not waited for at the start
+            raise cannot_write(folder, error) from error
+
+    return patiently(read, f"run_dir = {run_dir}", patience) if is_remote(run_dir) else read()
+
+
 def start_of_evaluation(folder: Path, checkpoint: Path) -> Start:
     """Of the samples in `folder`: the start kept with them, else that of the run that `checkpoint` is in.
 
     Without either it is today's, or, where samples of before are in `folder`, theirs. Raises as `start_in` does.
     """
     if _kept(folder / START_NAME) is None:
-        with reaching(checkpoint):
-            for place in (checkpoint, *list(checkpoint.parents)[:2]):
-                if (place / CONFIG_NAME).is_file():
-                    return start_in(place, began=True)
+        for run in (checkpoint, *list(checkpoint.parents)[:2]):
+            if _read(run / CONFIG_NAME) is not None:
+                return start_in(run, began=True)
     return start_in(folder, began=any(folder.glob("*.jsonl")))
 
 
 def _kept(path: Path) -> Start | None:
-    with reaching(path):
-        if not path.is_file():
-            return None
-        data = path.read_bytes()
+    data = _read(path)
+    if data is None:
+        return None
     try:
         values = json.loads(data)
         start = Start(datetime.datetime.fromisoformat(values["now"]), values["reading"])
@@ -82,3 +102,12 @@ def _broken(path: Path, why: object) -> ConfigError:
     return ConfigError(
         f"{path}: cannot be read: {why}. Restore the file: it says by which date and how the prompts were made."
     )
+
+
+def _read(path: Path) -> bytes | None:
+    """None if there is no such file, which a bucket that does not answer does not say. Raises `StorageError`."""
+    with reaching(path):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None

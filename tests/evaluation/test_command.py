@@ -248,7 +248,7 @@ def test_regrading_samples_nothing_and_uses_the_saved_texts(capsys, tmp_path, tr
 
 
 def test_regrading_knows_the_thinking_that_the_prompts_open(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("dynamo_jax.evaluation.command.build_tokenizer", lambda _: ArithmeticTokenizer())
+    monkeypatch.setattr("dynamo_jax.evaluation.command.build_tokenizer", lambda *_: ArithmeticTokenizer())
     monkeypatch.setattr(ArithmeticTokenizer, "encode", lambda _, text: [len(text)])  # of the prompts nothing is asked
     (tmp_path / "x.jsonl").write_text(json.dumps({"id": "a", "problem": "2+3=?", "answer": "5"}) + "\n")
     texts = [r"so 5</think> \boxed{5}", r"maybe \boxed{5}? wait"]

@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from buckets import gcs_of_module, hasty, quick_locks  # noqa: F401 - two are fixtures
+from fake_gcs import FakeGCS
 
 from dynamo_jax.config import ConfigError
 from dynamo_jax.run.agreement import start_of_process_0
-from dynamo_jax.run.start import READING, START_NAME, Start, start_in, start_of_evaluation
+from dynamo_jax.run.start import READING, START_NAME, Start, start_in, start_of_evaluation, start_of_run
+from dynamo_jax.run.storage import TemporaryFailure
 
 MOMENT = datetime.datetime(2026, 2, 28, 23, 59, 58)
 
@@ -68,3 +71,29 @@ def test_an_evaluation_starts_with_its_samples_then_with_its_run(tmp_path: Path)
 
 def test_the_processes_have_one_start() -> None:
     assert start_of_process_0(Start(MOMENT, reading=1)) == Start(MOMENT, reading=1)
+
+
+def test_the_start_of_a_run_is_read_before_its_folder_is_there(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert of_today(start_of_run(str(run), 0.0))
+    assert not run.exists()
+    (run / "checkpoints" / "3").mkdir(parents=True)
+    assert start_of_run(str(run), 0.0).reading == 1
+    (run / START_NAME).write_text(Start(MOMENT).text())
+    assert start_of_run(str(run), 0.0) == Start(MOMENT)
+    (tmp_path / "file").touch()
+    assert of_today(start_of_run(str(tmp_path / "file"), 0.0))  # refused when it is opened
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_start_of_a_run_in_a_bucket(gcs: FakeGCS, monkeypatch: pytest.MonkeyPatch) -> None:
+    hasty(monkeypatch)
+    url = "gs://bucket/started"
+    assert of_today(start_of_run(url, 0.0))
+    gcs.objects["bucket/started/started.json"] = (Start(MOMENT).text().encode(), 1)
+    assert start_of_run(url, 0.0) == Start(MOMENT)
+    gcs.fail(requests=15, match="started.json")
+    assert start_of_run(url, 60.0) == Start(MOMENT)
+    gcs.fail(requests=99, match="started.json")
+    with pytest.raises(TemporaryFailure, match="run_dir = gs://bucket/started"):
+        start_of_run(url, 0.0)
