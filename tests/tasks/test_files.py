@@ -17,6 +17,10 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 ARRAY = json.dumps(ROWS, indent=1).encode()
 
 
+def gz(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)  # pytest names tests by what they are given: alike in every process
+
+
 def zstd(data):
     return pa.compress(data, codec="zstd", asbytes=True)
 
@@ -36,13 +40,13 @@ def message(*paths):
     [
         ("x.jsonl", LINES),
         ("x.JSONL", LINES),
-        ("x.jsonl.gz", gzip.compress(LINES)),
-        ("x.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])),
+        ("x.jsonl.gz", gz(LINES)),
+        ("x.jsonl.gz", gz(LINES[:20]) + gz(LINES[20:])),
         ("x.jsonl.zst", zstd(LINES)),
         ("x.jsonl.zst", zstd(LINES[:20]) + zstd(LINES[20:])),
         ("x.json", ARRAY),
         ("x.json", b"\xef\xbb\xbf\n " + ARRAY),
-        ("x.json.gz", gzip.compress(ARRAY)),
+        ("x.json.gz", gz(ARRAY)),
         ("x.json.zst", zstd(ARRAY)),
         ("x.json", json.dumps({"version": 1, "data": ROWS}).encode()),
         ("x.json", b"\n" + LINES),  # JSON Lines under another name
@@ -74,11 +78,11 @@ def test_rows_of_an_array_are_counted_from_one(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("x.jsonl.gz", gzip.compress(LINES)[:-12], "cannot be unpacked: Compressed file ended before"),
+        ("x.jsonl.gz", gz(LINES)[:-12], "cannot be unpacked: Compressed file ended before"),
         ("x.jsonl.gz", LINES, "cannot be unpacked: Not a gzipped file"),
-        ("x.jsonl.gz", gzip.compress(LINES)[:30] + b"\0" * 9 + gzip.compress(LINES)[39:], "cannot be unpacked"),
+        ("x.jsonl.gz", gz(LINES)[:30] + b"\0" * 9 + gz(LINES)[39:], "cannot be unpacked"),
         ("x.jsonl.zst", zstd(LINES)[:-9], "cannot be unpacked: Truncated compressed stream"),
-        ("x.jsonl.zst", gzip.compress(LINES), "cannot be unpacked: ZSTD decompress failed"),
+        ("x.jsonl.zst", gz(LINES), "cannot be unpacked: ZSTD decompress failed"),
         ("x.jsonl.zst", zstd(LINES) + b"rest", "cannot be unpacked"),
         ("x.json", ARRAY[:-9], "is not valid JSON: Expecting"),
         ("x.json", b"5", "is a JSON int, not an array"),
@@ -117,7 +121,7 @@ def tree(tmp_path):
         path = tmp_path / "set" / place
         path.parent.mkdir(parents=True, exist_ok=True)
         data = json.dumps({"problem": place, "answer": "5"}).encode()
-        path.write_bytes(gzip.compress(data) if place.endswith("gz") else zstd(data) if place.endswith("zst") else data)
+        path.write_bytes(gz(data) if place.endswith("gz") else zstd(data) if place.endswith("zst") else data)
     return tmp_path / "set"
 
 
