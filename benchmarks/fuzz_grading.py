@@ -79,12 +79,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--answers", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=0, help="accepted answers to print, for reading by eye")
     parser.add_argument("--data", type=Path, required=True, help="the folder of benchmark files")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     lines = [line for file in sorted(arguments.data.glob("*.jsonl")) for line in file.read_text().splitlines()]
     golds = [str(json.loads(line)["answer"]) for line in lines]
-    began, accepted = time.perf_counter(), 0
+    began, accepted = time.perf_counter(), []
     with Verifier(workers=2, timeout=2.0) as verifier:
         for done in range(0, arguments.answers, 5000):
             size = min(5000, arguments.answers - done)
@@ -92,15 +93,18 @@ def main() -> None:
             for gold in rng.choices(golds, k=size):
                 answer = mutate(rng, [gold] if rng.random() < 0.6 else golds)
                 pairs.append((response(rng, answer, golds), gold))
-            accepted += sum(verifier.grade_batch(pairs))
+            accepted += [pair for pair, right in zip(pairs, verifier.grade_batch(pairs), strict=True) if right]
             workers = [w.process.pid for w in verifier._pool.workers if w.process is not None]
             print(
-                f"{done + size} answers, {time.perf_counter() - began:.0f} s, {accepted} accepted, {verifier.counts}, "
-                f"{resident_mb(os.getpid()):.0f} MB here, {[round(resident_mb(pid)) for pid in workers]} MB in workers",
+                f"{done + size} answers, {time.perf_counter() - began:.0f} s, {len(accepted)} accepted, "
+                f"{verifier.counts}, {resident_mb(os.getpid()):.0f} MB here, "
+                f"{[round(resident_mb(pid)) for pid in workers]} MB in workers",
                 flush=True,
             )
         for gold, answer in verifier.killed_answers:
             print("killed:", repr(gold), repr(answer[:300]))
+    for output, gold in rng.sample(accepted, min(arguments.show, len(accepted))):
+        print("accepted:", repr(gold), repr(output[-300:]))
     left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     print(f"no exception, no hang; {len(left)} workers left behind")
 
