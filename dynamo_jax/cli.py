@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = with_config("eval", _eval, "Pass@1 and Pass@k with 95% intervals.")
     command.add_argument("--checkpoint", type=_place, required=True, help=CHECKPOINT)
-    text = "JSONL or Parquet; default: the config's held-out prompts"
+    text = "data files, folders or globs (docs/data.md); default: the config's held-out prompts"
     command.add_argument("--benchmark", type=_place, nargs="+", default=[], metavar="FILE", help=text)
     command.add_argument("--samples", type=_positive, default=32, help="samples of each problem (default 32)")
     command.add_argument("--k", type=_positive, nargs="+", help="Pass@k to report (default 1 8 32, up to --samples)")
