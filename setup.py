@@ -16,6 +16,7 @@ setup(
         "flax>=0.12",
         "fsspec>=2024.6",
         "grain>=0.2.15",
+        "huggingface_hub>=0.34",  # the error of transformers for a config.json with a value of the wrong type
         "jax>=0.9",
         "jinja2>=3.1",  # chat templates: transformers renders them with it but does not require it
         "latex2sympy2_extended[antlr4_13_2]>=1.10",
