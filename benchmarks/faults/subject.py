@@ -106,7 +106,9 @@ def main() -> int:
         clock.install()
     build = build_task
     loop.Trainer = Faulty  # type: ignore[misc]
-    loop.build_task = lambda c: dataclasses.replace(build(c), verifier=Hash(Path(c.run_dir).parent / "grading"))
+    loop.build_task = lambda c, *start: dataclasses.replace(
+        build(c, *start), verifier=Hash(Path(c.run_dir).parent / "grading")
+    )
     if FAULT == "commit":
         checkpoint.COMMIT_SECONDS = 5
         write, failures = checkpoint.Checkpointer._write_files_list, iter([True, True])
