@@ -48,7 +48,7 @@ _TAIL = re.compile(
 _DENIED = re.compile(rf"[.(\uff08{_BETWEEN}]*+{_DENIAL}", re.IGNORECASE)
 # "42, not 43", "42 rather than 43": another value is denied.
 _CONTRAST = re.compile(
-    rf"[(\uff08{_BETWEEN}]*+(?:and\s+)?(?:not|rather\s+than|instead\s+of)\s+(?:[-+]?[\d$\\.(]|[A-Ja-z](?![a-zA-Z]))",
+    rf"[(\uff08{_BETWEEN}]*+(?:and\s+)?(?:not|rather\s+than|instead\s+of)\s+(?=[-+]?[\d$\\.(]|[A-Ja-z](?![a-zA-Z]))",
     re.IGNORECASE,
 )
 _ANY_DENIAL = re.compile(rf"(?<![a-zA-Z]){_DENIAL}", re.IGNORECASE)
@@ -130,7 +130,9 @@ def second_thought(text: str) -> bool:
 def _taken_back(text: str, end: int) -> bool:
     contrast = _CONTRAST.match(text, end)
     if contrast:
-        return _ANY_DENIAL.search(text, contrast.end()) is not None
+        value, other = (re.sub(r"[\s$*()]", "", part) for part in (text[:end], text[contrast.end() :]))
+        itself = other.startswith(value) and not re.match(r"[\w.,]*\d", other[len(value) :])
+        return itself or _ANY_DENIAL.search(text, contrast.end()) is not None
     if _DENIED.match(text, end) or _CORRECTED.search(text, end):
         return True
     condition = _CONDITION.match(text, end)

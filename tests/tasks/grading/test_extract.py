@@ -184,6 +184,10 @@ B  !=  The answer is $B$; C
 42  !=  The answer is 42, no, 43
 42  !=  The answer is $42$, no, $43$
 42  ==  The answer is 42, not 43.
+42  !=  The answer is 42, not 42.
+42  ==  The answer is 42, not 420.
+42  ==  The answer is 42, not 42.5.
+42  !=  The answer is $42$ (not $42$).
 43  !=  The answer is 42, not 43.
 42  !=  The answer is 42, not 43 but 44.
 42  ==  The answer is $42$ rather than $43$.
