@@ -9,25 +9,11 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_tokenizer import Characters
 
 from dynamo_jax.tasks.first_reading import first_rows
 from dynamo_jax.tasks.prompts import load_prompts
 from dynamo_jax.tasks.read import read_rows
-
-
-class Characters:
-    """A tokenizer whose tokens are code points."""
-
-    eos_id, stop_ids, pad_id, size = 0, (0,), 0, 0x110000
-
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(i) for i in ids)
-
-    def render_chat(self, messages):
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
 
 def written(folder):

@@ -11,28 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from small_tokenizer import Characters
 
 from dynamo_jax.batch import PromptBatch
 from dynamo_jax.tasks.prompts import PromptIterator, load_prompts, make_prompt_set, pad_prompts
 from dynamo_jax.tasks.read import read_rows
 from dynamo_jax.tasks.tokenizer import load_tokenizer
-
-
-class Characters:
-    """A tokenizer whose tokens are code points, so that token counts are plain to see."""
-
-    eos_id, stop_ids, pad_id, size = 0, (0,), 0, 0x110000
-
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(i) for i in ids)
-
-    def render_chat(self, messages):
-        if messages[-1]["role"] != "user":
-            raise ValueError("the last message must be the user's")
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
 
 def write_jsonl(path, *rows):
