@@ -7,9 +7,9 @@ anything is compiled. `load_config` is the only way in; every error is a `Config
 from dynamo_jax.config.checks import architecture_problems
 from dynamo_jax.config.home import at_home
 from dynamo_jax.config.load import differences, dump_config, load_config, resolved
+from dynamo_jax.config.methods import AllocationConfig, ModulationConfig, ObjectiveConfig, OptimizerConfig
 from dynamo_jax.config.syntax import ConfigError
 from dynamo_jax.config.tree import (
-    AllocationConfig,
     ArchitectureConfig,
     ArithmeticConfig,
     CheckpointConfig,
@@ -18,9 +18,6 @@ from dynamo_jax.config.tree import (
     EvalConfig,
     LoggingConfig,
     MeshConfig,
-    ModulationConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
     PolicyConfig,
     RolloutConfig,
     TaskConfig,

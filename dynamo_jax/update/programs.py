@@ -1,4 +1,4 @@
-"""The training state, and the two jitted programs of the policy update: `score` and `update`.
+"""The two jitted programs of the policy update: `score` and `update`.
 
 Both work on one mini-batch of M rollouts, a micro-batch at a time. Whatever is a mean, a maximum or a count is taken
 over the whole mini-batch, so the micro-batch size and the mesh change the time and nothing else.
@@ -7,8 +7,7 @@ over the whole mini-batch, so the micro-batch size and the mesh change the time 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,117 +16,23 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dynamo_jax.batch import TokenStats, TrainBatch, micro_batches, whole
-from dynamo_jax.config import Config, OptimizerConfig
+from dynamo_jax.config import Config
 from dynamo_jax.kernels import token_stats
 from dynamo_jax.objective import denominators, policy_loss
 from dynamo_jax.objective.terms import Metrics, clip_of, token_terms
-from dynamo_jax.policy.model import Decoder, param_shardings
-from dynamo_jax.policy.params import PARAMS, param_name
+from dynamo_jax.policy.model import Decoder
 from dynamo_jax.run.contents import Form
 from dynamo_jax.sharding import sharding
-
-
-class TrainState(NamedTuple):
-    """What an update changes. Donated to it, and checkpointed. Its parameters are float32."""
-
-    params: Any
-    opt_state: Any
-    updates: jax.Array  # int32, applied
-    skipped: jax.Array  # int32, not applied because the loss or the gradient was not finite
-
-
-class MasterState(NamedTuple):
-    """The state of a policy in bfloat16. The optimizer moves the masters, and the parameters are their rounding.
-
-    A step of 1e-6 is a fraction of a bfloat16 number's last digit: added to it, nearly every one would be lost.
-    """
-
-    params: Any
-    opt_state: Any
-    updates: jax.Array
-    skipped: jax.Array
-    masters: Any  # float32, else like the parameters
-
-
-State = TrainState | MasterState
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW, the rate warmed up linearly over `warmup_steps` updates.
-
-    Matrices and embeddings decay. Norms and biases do not: a norm is at home at 1, not at 0.
-    """
-    adamw = optax.chain(
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        _decay_matrices(config.weight_decay),
-        optax.scale_by_learning_rate(learning_rate_schedule(config)),
-    )
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
-
-
-def _decay_matrices(rate: float) -> optax.GradientTransformation:
-    """Adds rate * p to the change of each parameter p that decays. (`optax.masked` would change the state's tree.)"""
-
-    def add(path: tuple[Any, ...], change: jax.Array, param: jax.Array) -> jax.Array:
-        return change + rate * param if PARAMS[param_name(path)].decays else change
-
-    return optax.stateless(partial(jax.tree.map_with_path, add))
-
-
-def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Update u (from 0) runs at learning_rate * min(1, (u + 1) / warmup_steps)."""
-    peak, steps = config.learning_rate, config.warmup_steps
-    return lambda count: peak * jnp.minimum(1.0, (count + 1) / max(steps, 1))
-
-
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> State:
-    """Zero counts and moments, and float32 masters of bfloat16 parameters.
-
-    Moments are float32 in any case: with beta2 = 0.999 a bfloat16 second moment cannot move.
-    """
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(params, optimizer.init(_float32(params)), zero, zero)
-    return with_masters(state) if _is_rounded(params) else state
-
-
-def with_masters(state: TrainState) -> MasterState:
-    """The state of bfloat16 parameters that were saved without masters: these start from what was rounded."""
-    return MasterState(*state, masters=_float32(state.params))
-
-
-def apply_gradients(state: State, grads: Any, optimizer: optax.GradientTransformation) -> State:
-    """The state with its parameters and the optimizer one step on, in float32. The counts stay.
-
-    Raises ValueError for bfloat16 parameters without masters.
-    """
-    if isinstance(state, TrainState) and _is_rounded(state.params):
-        raise ValueError(
-            "update: the parameters are bfloat16 and the state has no float32 masters, without which small steps are "
-            "lost. Make the state with init_state, or add them to one that was saved without: with_masters(state)."
-        )
-    weights = state.masters if isinstance(state, MasterState) else state.params
-    changes, opt_state = optimizer.update(_float32(grads), state.opt_state, weights)
-    weights = optax.apply_updates(weights, changes)
-    if isinstance(state, MasterState):
-        params = jax.tree.map(lambda x, old: x.astype(old.dtype), weights, state.params)
-        return state._replace(params=params, opt_state=opt_state, masters=weights)
-    return state._replace(params=weights, opt_state=opt_state)
-
-
-def _is_rounded(params: Any) -> bool:
-    return any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(params))
-
-
-def _float32(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-
-def abstract_state(abstract_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """The state as `ShapeDtypeStruct`s, each moment and master sharded as its parameter is. Allocates nothing."""
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, param_shardings(shapes, mesh)
-    )
+from dynamo_jax.update.optimizer import learning_rate_schedule, make_optimizer
+from dynamo_jax.update.state import (
+    MasterState,
+    State,
+    TrainState,
+    abstract_state,
+    apply_gradients,
+    init_state,
+    with_masters,
+)
 
 
 def completion_mask(length_M: jax.Array, max_tokens: int) -> jax.Array:

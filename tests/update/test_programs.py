@@ -13,8 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from dynamo_jax import update as module
-from dynamo_jax.batch import TokenStats, TrainBatch
+from dynamo_jax.batch import TokenStats, TrainBatch, micro_batches, whole
 from dynamo_jax.config import (
     ArchitectureConfig,
     Config,
@@ -42,11 +41,10 @@ from dynamo_jax.update import (
     learning_rate_schedule,
     logp_drift,
     make_optimizer,
-    micro_batches,
     update_policy,
-    whole,
     with_masters,
 )
+from dynamo_jax.update import programs as module
 
 M, L, C, V = 8, 4, 6, 16
 LENGTHS = np.array([6, 1, 3, 1, 5, 2, 6, 4], np.int32)
@@ -249,7 +247,7 @@ def test_matrices_decay_and_norms_and_biases_do_not() -> None:
     assert jax.tree.structure(state) == jax.tree.structure(plain.init(params()))
 
 
-def programs(config: Config) -> Programs:
+def programs_of(config: Config) -> Programs:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     decoder = decoder_config(config, V, mesh)
     return Programs(*abstract_policy(decoder), config, mesh)
@@ -266,7 +264,7 @@ def test_update_that_is_not_finite_changes_nothing_but_its_count(value: float, d
         trainer={"mini_batch": M, "micro_batch": 4}, optimizer={"warmup_steps": 10, "learning_rate": 0.1},
         policy={"param_dtype": dtype},
     )  # fmt: skip
-    p = programs(config)
+    p = programs_of(config)
     state = p.init(jax.tree.map(jnp.copy, params(config)))
     state, _ = p.update(state, batch(), old_stats(), now_stats())  # moments that could be lost
     before = copies(state)
@@ -287,7 +285,7 @@ def test_update_that_is_not_finite_changes_nothing_but_its_count(value: float, d
 
 def test_bfloat16_parameters_keep_their_dtype_and_have_float32_moments_and_masters() -> None:
     config = replaced(policy={"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}, optimizer={"learning_rate": 0.1})
-    p = programs(config)
+    p = programs_of(config)
     before = jax.tree.map(lambda x: np.asarray(x, np.float32), params(config))
     state = p.init(params(config))
     for _ in range(2):
