@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from dynamo_jax.cli import main
 from dynamo_jax.config import load_config
 from dynamo_jax.plan import GIB, ProgramPlan, compile_jobs, jobs, plan_command, run_jobs
 from dynamo_jax.run.stopping import Ending
@@ -18,7 +20,7 @@ from dynamo_jax.sharding import make_mesh
 from dynamo_jax.tasks.task import build_task
 from dynamo_jax.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARITHMETIC = ROOT / "configs" / "arithmetic_cpu.yaml"
 SMALL = [
     "warmup.steps=0", "rollout.prompts=8", "rollout.per_prompt=4", "rollout.batch=16", "trainer.mini_batch=16",
@@ -144,15 +146,93 @@ def run(*arguments):
     )
 
 
+def independent_sum(text, clock):
+    """Seconds: estimated cycles by another reading of the text, loops times the constant of their conditions."""
+    bodies = {}
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+            bodies[name := "ENTRY" if head[1] else head[2]] = []
+        elif line.startswith("  "):
+            bodies[name].append(line)
+
+    def cycles(name):
+        total = 0
+        for line in bodies[name]:
+            if loop := re.search(r"condition=%([\w.\-]+), body=%([\w.\-]+)", line):
+                inner = re.findall(r"calls=%([\w.\-]+)", "".join(bodies[loop[1]]))
+                condition = "".join(line for name in (loop[1], *inner) for line in bodies[name])
+                limits = re.findall(r" constant\((\d+)\)", condition)
+                total += max(map(int, limits), default=1) * cycles(loop[2])
+            elif branches := re.search(r"branch_computations=\{%([^}]*)\}", line):
+                total += max(cycles(branch) for branch in branches[1].split(", %"))
+            else:
+                total += sum(map(int, re.findall(r'estimated_cycles":"(\d+)"', line)))
+        return total
+
+    return cycles("ENTRY") / clock
+
+
 @needs_libtpu
-def test_plan_of_a_slice():
-    mesh = ["mesh.fsdp=2", "mesh.tensor=2"]
-    done = run("-m", "dynamo_jax", "plan", str(ARITHMETIC), *mesh, "--topology", "v5e:2x2")
+def test_plan_of_a_slice(tmp_path):
+    """The whole command. What it says of time agrees with another sum over the texts that it leaves."""
+    words = [str(ARITHMETIC), "mesh.fsdp=2", "mesh.tensor=2", "--topology", "v5e:2x2", "--price", "1.2"]
+    words += ["--lengths", "prompt=10,response=5", "--json", str(tmp_path / "p.json"), "--hlo", str(tmp_path / "hlo")]
+    done = run("-m", "dynamo_jax", "plan", *words)
     assert done.returncode == 0, done.stderr
     title, _, *rows = done.stdout.splitlines()
     assert title.startswith("v5e:2x2: 4 x TPU v5 lite, 15.75 GiB")
-    assert [row.split()[0] for row in rows] == ["allocate", "sample", "score", "update", "record"]
-    assert all(row.endswith("  fits") for row in rows)
+    names = ["allocate", "sample", "score", "update", "record"]
+    assert [row.split()[0] for row in rows[:5]] == names
+    assert all(row.endswith("  fits") for row in rows[:5])
+    assert "prompts of 10 tokens, responses of 5 on the average (lognormal with sigma 0.8, cut at 8)" in done.stdout
+    assert "of 4 chips at $1.2 a chip-hour" in done.stdout
+
+    said = json.loads((tmp_path / "p.json").read_text())
+    step, programs = said["step"], said["programs"]
+    assert [one["name"] for one in programs] == names
+    for one in programs:
+        text = Path(one["hlo"]).read_text()
+        assert independent_sum(text, 1.5e9) + one["kernel_seconds"] == pytest.approx(one["seconds"], rel=1e-6)
+        assert text.startswith(f"// {one['name']}: {one['seconds']:.9f} s a call")
+        assert one["seconds_low"] <= one["seconds_high"]
+        assert len(one["costliest"]) == 5
+    assert any("dynamo_jax" not in e["where"] and "policy/model.py" in e["where"] for e in programs[3]["costliest"])
+    by_name = {one["name"]: one for one in programs}
+    for name in ("score", "update"):
+        assert step[f"{name}_seconds"] == pytest.approx(by_name[name]["calls"] * by_name[name]["seconds"])
+    assert step["sample_seconds"] < by_name["sample"]["seconds"]  # the longest of its responses ends before the limit
+    assert step["allocate_seconds"] < by_name["allocate"]["seconds"]
+    parts = ("sample", "score", "update", "allocate")
+    assert step["seconds"] == pytest.approx(sum(step[f"{part}_seconds"] for part in parts))
+    assert step["update_mfu"] == pytest.approx(step["model_flops"] / (step["update_seconds"] * 4 * 197e12))
+    assert step["dollars"] == pytest.approx(1.2 * 4 * step["seconds"] / 3600)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lengths", "prompt=9"], "--lengths prompt=9: the mean of response is missing"),
+        (["--lengths", "prompt=9,response=9"], "limit rollout.max_tokens = 8"),
+        (["--json", "no/such/p.json"], "--json no/such/p.json: is a folder, or in none. Give a file name"),
+        (["--json", "."], "--json .: is a folder"),
+        (["--hlo", "README.md"], "--hlo README.md: is no folder and cannot be made: File exists. Give another"),
+    ],
+)
+def test_bad_options_are_one_line_before_anything_compiles(monkeypatch, capsys, words, message):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("dynamo_jax.plan.command.topology_devices", lambda _: pytest.fail("went on"))
+    assert main(["plan", str(ARITHMETIC), "--topology", "v5e:2x2", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("price", ["much", "-1", "nan", "inf"])
+def test_a_price_is_a_number(capsys, price):
+    with pytest.raises(SystemExit) as error:
+        main(["plan", "c.yaml", "--topology", "v5e:2x2", "--price", price])
+    assert error.value.code == 2
+    assert f"argument --price: {price!r} is not a price in dollars, such as 1.2" in capsys.readouterr().err
 
 
 @needs_libtpu
