@@ -56,11 +56,39 @@ def _backward(plan: Product, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -
     (x, weight), (of_x, of_w, of_y) = kept, plan.letters
     whole = gathered(weight.astype(x.dtype), plan.axes, plan.mesh)
     dx = jnp.einsum(f"{of_y},{of_w}->{of_x}", dy, whole, precision=plan.precision)
-    wide = jnp.promote_types(weight.dtype, jnp.float32)
-    dw = jnp.einsum(f"{of_x},{of_y}->{of_w}", x, dy, precision=plan.precision, preferred_element_type=wide)
-    if plan.mesh is not None:
-        dw = jax.lax.with_sharding_constraint(dw, sharding(plan.mesh, *plan.axes))
-    return dx, dw.astype(weight.dtype)
+    return dx, _weight_gradient(plan, x, dy).astype(weight.dtype)
+
+
+def _weight_gradient(plan: Product, x: jax.Array, dy: jax.Array) -> jax.Array:
+    """float32, or wider; split as the weight is.
+
+    Each device multiplies its own tokens, all at once, and the sums over devices are scattered. Left alone the compiler
+    splits the product into one for each part, of a width that the matrix unit is bad at.
+    """
+    of_x, of_w, of_y = plan.letters
+
+    def local(x: jax.Array, dy: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        dw = jnp.einsum(f"{of_x},{of_y}->{of_w}", x, dy, precision=plan.precision, preferred_element_type=wide)
+        if plan.mesh is None:
+            return dw
+        if plan.mesh.shape["fsdp"] > 1:
+            split = plan.axes.index("embed")
+            dw = jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=split, tiled=True)
+        return jax.lax.psum(dw, "data") if plan.mesh.shape["data"] > 1 else dw
+
+    if plan.mesh is None:
+        return local(x, dy)
+    where = {letter: RULES[axis] for letter, axis in zip(of_w, plan.axes, strict=True)}
+    # Rows come first. Of a weight's axes an activation is split along those of heads and of the MLP, as the weight is.
+    activation = {**where, of_x[0]: RULES["batch"], of_w[plan.axes.index("embed")]: None}
+    specs = [
+        PartitionSpec(*(axes.get(letter) for letter in letters))
+        for letters, axes in ((of_x, activation), (of_y, activation), (of_w, where))
+    ]
+    return jax.shard_map(local, mesh=plan.mesh, in_specs=(specs[0], specs[1]), out_specs=specs[2], check_vma=False)(
+        x, dy
+    )
 
 
 product.defvjp(_forward, _backward)
