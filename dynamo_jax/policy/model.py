@@ -243,9 +243,15 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _rotate(x_BQAH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864) in the half-split layout of the Hugging Face models."""
-    a, b = jnp.split(x_BQAH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BQAH.dtype)
+    """Rotary position embedding (arXiv 2104.09864) in the half-split layout of the Hugging Face models, in float32."""
+    if x_BQAH.dtype != jnp.bfloat16:
+        a, b = jnp.split(x_BQAH, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    # A product with a permutation is exact, and costs a TPU less than moving halves of its 128 lanes.
+    halves = jnp.roll(jnp.eye(x_BQAH.shape[-1], dtype=x_BQAH.dtype), x_BQAH.shape[-1] // 2, axis=1)
+    swapped = jnp.einsum("bqah,hi->bqai", x_BQAH, halves, preferred_element_type=jnp.float32)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (x_BQAH.astype(jnp.float32) * cos + swapped * sin).astype(x_BQAH.dtype)
 
 
 def _write(cache_ZBSKH: jax.Array, x_B1KH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:
