@@ -72,6 +72,7 @@ def step_cost(
         high=high,
         phases=phases,
         tokens=work.tokens,
+        padding=work.padding,
         model_flops=train_flops(planned_policy(config, mesh)[1].shape, work),
         devices=len(devices),
         chip=chip,

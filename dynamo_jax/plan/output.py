@@ -73,7 +73,7 @@ def step_lines(step: StepCost, programs: Sequence[ProgramEstimate], lengths: Len
     parts = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in step.phases.items())
     text = (
         f"A step of {lengths}.\n"
-        f"  calls: {calls}\n"
+        f"  calls: {calls}; {step.padding:.0%} of the packed slots are padding\n"
         f"  {_seconds(step.seconds)} s on the devices ({parts}), {_seconds(step.low)} to {_seconds(step.high)} with "
         f"the links; {step.tokens_per_chip:.0f} tokens/s a chip\n"
         f"  model FLOP utilisation of the real tokens, causal attention counted half: update {step.update_mfu:.1%}, "
@@ -116,6 +116,7 @@ def _step(step: StepCost, price: float | None) -> dict[str, Any]:
         "score_update_mfu": step.mfu,
         "model_flops": step.model_flops,
         "tokens": step.tokens,
+        "padding_fraction": step.padding,
         "tokens_per_second_per_chip": step.tokens_per_chip,
         "chips": step.chips,
         "price": price,

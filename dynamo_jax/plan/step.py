@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
 from dynamo_jax.config import ArchitectureConfig, Config
+from dynamo_jax.objective.terms import reads_now
 from dynamo_jax.plan.chips import Chip
 from dynamo_jax.plan.lengths import Lengths
 from dynamo_jax.policy.params import axis_sizes, params_of
+from dynamo_jax.update.packing import rows_needed
 
 # Turns of a bisection over the bit patterns of positive float32 numbers, which are below 2^31. The constants of its
 # conditions are widths of the interval, not counts.
@@ -29,6 +32,38 @@ class Work:
     @property
     def mini_batches(self) -> int:
         return self.config.rollout.budget // self.config.mini_batch
+
+    @functools.cached_property
+    def live(self) -> list[int]:
+        """Micro-batches of each mini-batch that hold anything, its rollouts packed as the trainer packs them."""
+        totals_BM = self.lengths.totals(self.config.rollout.budget).reshape(self.mini_batches, -1)
+        rows = [rows_needed(total_M, self.config.row_tokens) for total_M in totals_BM]
+        return [max(1, math.ceil(row / self.config.micro_batch)) for row in rows]
+
+    @property
+    def alone(self) -> bool:
+        """Whether a mini-batch is one micro-batch, whose update is one program (`update/programs.py`)."""
+        return self.config.micro_batch == self.config.mini_batch
+
+    @property
+    def scores_first(self) -> bool:
+        """Whether each mini-batch is scored before the first update (as `Programs.scores_first`)."""
+        one_update = self.mini_batches == 1
+        return self.config.objective.old_logp == "score" and not (self.alone and one_update)
+
+    @property
+    def scores(self) -> int:
+        """Calls of `score`: of every mini-batch before the first update, where old log-probs are its; and of each but
+        the first before its own update, where that needs statistics and does not make them itself."""
+        first = sum(self.live) if self.scores_first else 0
+        again = self.live[1:] if self.scores_first else self.live
+        return first + (sum(again) if reads_now(self.config) and not self.alone else 0)
+
+    @property
+    def padding(self) -> float:
+        """The share of the slots of live micro-batches that hold no token."""
+        slots = self.config.micro_batch * self.config.row_tokens * sum(self.live)
+        return 1 - self.tokens / slots
 
     @property
     def pieces(self) -> int:
@@ -59,9 +94,10 @@ PROGRAMS: dict[str, Use] = {
     "allocate": Use("allocate", lambda w: 1, lambda w: {"allocate": BISECTION, "largest_steps": BISECTION}),
     "sample": Use("sample", lambda w: w.pieces, lambda w: {"generate": w.decoded}),
     "sample (eval)": Use("sample", lambda w: 0),
-    # Each mini-batch before the first update, and again before its own, but for the first one's.
-    "score": Use("score", lambda w: 2 * w.mini_batches - 1),
-    "update": Use("update", lambda w: w.mini_batches),
+    "score": Use("score", lambda w: w.scores),
+    "terms": Use("update", lambda w: w.mini_batches),
+    "update": Use("update", lambda w: w.mini_batches if w.alone else sum(w.live)),
+    "update (apply)": Use("update", lambda w: w.mini_batches),
     "record": Use("allocate", lambda w: 1),
 }
 
@@ -75,6 +111,7 @@ class StepCost:
     high: float
     phases: dict[str, float]  # seconds of each phase
     tokens: float  # of prompts and responses
+    padding: float  # the share of the packed slots without one
     model_flops: float  # of the update, as `train_flops` counts them
     devices: int
     chip: Chip

@@ -28,6 +28,7 @@ SMALL = [
     "logging.rollouts_per_step=0", "mesh.fsdp=2",
 ]  # fmt: skip
 
+UPDATE = ["score", "terms", "update", "update (apply)"]
 MATH = ["task.kind=math", "task.train=[no/data.parquet]", "task.tokenizer=no/tokenizer"]
 
 needs_libtpu = pytest.mark.skipif(
@@ -47,12 +48,12 @@ def test_planned_programs_are_those_that_the_trainer_runs(tmp_path):
     trainer._start()
     programs = (trainer.programs, trainer.allocation, trainer.sampler, trainer.eval_sampler)
     found = jobs(config, mesh, *programs)
-    assert [job.name for job in found] == ["allocate", "sample", "sample (eval)", "score", "update", "record"]
+    assert [job.name for job in found] == ["allocate", "sample", "sample (eval)", *UPDATE, "record"]
     for job in found:
         job.function.lower(*job.arguments)
     trainer.step(1)
     trainer._evaluate()
-    assert trainer.programs.traces == {"score": 1, "update": 1}
+    assert trainer.programs.traces == dict.fromkeys(UPDATE, 1)
     assert trainer.allocation.traces == {"allocate": 1, "record": 1}
     assert (trainer.sampler.traces, trainer.eval_sampler.traces) == (1, 1)
 
@@ -63,7 +64,7 @@ def test_memory_of_a_device_is_reported(tmp_path):
     found = {job.name: job for job in run_jobs(config, make_mesh(config.mesh))}
     assert "sample (eval)" not in found  # its settings are the training sampler's
     (score,) = compile_jobs([found["score"]])
-    state = found["update"].arguments[0]
+    state = found["update (apply)"].arguments[0]
     params, moments = (
         sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(tree))
         for tree in (state.params, state.opt_state)
@@ -77,7 +78,7 @@ def test_memory_of_a_device_is_reported(tmp_path):
 def test_masters_of_a_bfloat16_policy_stay_on_the_device_while_it_samples_and_scores(tmp_path):
     config = small_config(tmp_path, "policy.param_dtype=bfloat16")
     found = {job.name: job for job in run_jobs(config, make_mesh(config.mesh))}
-    state = found["update"].arguments[0]
+    state = found["update (apply)"].arguments[0]
     assert {x.dtype.name for x in jax.tree.leaves(state.masters)} == {"float32"}
     for name in ("sample", "score"):
         kept = {id(x) for x in jax.tree.leaves(found[name].resident)}
@@ -98,7 +99,7 @@ def test_a_known_vocabulary_needs_no_tokenizer_weights_or_data(tmp_path, load):
         policy = [f"policy.architecture={json.dumps(sizes)}"]
     config = small_config(tmp_path, *MATH, *policy)
     found = run_jobs(config, make_mesh(config.mesh))
-    assert [job.name for job in found] == ["allocate", "sample", "score", "update", "record"]
+    assert [job.name for job in found] == ["allocate", "sample", *UPDATE, "record"]
     embedding = next(job for job in found if job.name == "score").arguments[0]["embedding"]
     assert embedding.get_value().shape == (96, 32)
 
@@ -120,7 +121,7 @@ def test_verdict_names_the_remedy():
     assert plan.peak == 4 * GIB
     assert plan.verdict(4 * GIB) == "fits"
     assert "beside the 1.000 GiB" in plan.verdict(3.5 * GIB)
-    assert "policy.remat=true" in plan.verdict(3.5 * GIB)
+    assert "policy.remat=full" in plan.verdict(3.5 * GIB)
     failed = ProgramPlan("sample", 0, 1.0, error="Ran out of memory.")
     assert failed.peak is None
     assert failed.verdict(None).startswith("does not fit: Ran out of memory. Remedy: lower rollout.batch")
@@ -181,7 +182,7 @@ def test_plan_of_a_slice(tmp_path):
     assert done.returncode == 0, done.stderr
     title, _, *rows = done.stdout.splitlines()
     assert title.startswith("v5e:2x2: 4 x TPU v5 lite, 15.75 GiB")
-    names = ["allocate", "sample", "score", "update", "record"]
+    names = ["allocate", "sample", *UPDATE, "record"]
     assert [row.split()[0] for row in rows[:5]] == names
     assert all(row.endswith("  fits") for row in rows[:5])
     assert "prompts of 10 tokens, responses of 5 on the average (lognormal with sigma 0.8, cut at 8)" in done.stdout
