@@ -104,7 +104,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from dynamo_jax.plan import plan_command
 
     a = arguments
-    return 0 if plan_command(config, a.topology, a.lengths, a.price, a.json, a.hlo) else 1
+    return 0 if plan_command(config, a.topology, a.lengths, a.price, a.json, a.hlo, a.search) else 1
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -175,6 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--price", type=_dollars, help="dollars a chip-hour: what a step costs")
     command.add_argument("--json", type=_file, metavar="FILE", help="write all figures to this file, too")
     command.add_argument("--hlo", type=_file, metavar="DIR", help="write each program's compiled text to this folder")
+    text = "try meshes, micro-batches and rematerialisation, and show the best three (compiles for an hour or more)"
+    command.add_argument("--search", action="store_true", help=text)
 
     text = "Curves and tables of runs, side by side, in one HTML file."
     command = commands.add_parser("report", help=text, description=text)

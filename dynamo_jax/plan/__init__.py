@@ -2,7 +2,7 @@
 
 from dynamo_jax.plan.chips import CHIPS, GIB, Chip
 from dynamo_jax.plan.command import plan_command
-from dynamo_jax.plan.compiled import ProgramPlan, compile_jobs, topology_devices
+from dynamo_jax.plan.compiled import ProgramPlan, compile_job, topology_devices
 from dynamo_jax.plan.cost import Cost, program_cost
 from dynamo_jax.plan.hlo import parse
 from dynamo_jax.plan.jobs import Job, jobs, run_jobs
@@ -16,7 +16,7 @@ __all__ = [
     "Job",
     "Lengths",
     "ProgramPlan",
-    "compile_jobs",
+    "compile_job",
     "jobs",
     "parse",
     "plan_command",

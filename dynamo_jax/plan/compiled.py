@@ -8,7 +8,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -76,30 +75,29 @@ def topology_devices(topology: str) -> list[jax.Device]:
         ) from None
 
 
-def compile_jobs(found: Iterable[Job]) -> Iterator[ProgramPlan]:
-    """Compile one program after the other: each takes seconds to minutes, and gigabytes of the host's memory."""
-    for job in found:
-        resident, began = sum(_device_bytes(x) for x in jax.tree.leaves(job.resident)), time.perf_counter()
-        try:
-            compiled = job.function.lower(*job.arguments).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            yield ProgramPlan(job.name, resident, time.perf_counter() - began, error=_one_line(str(error)))
-            continue
-        seconds, m = time.perf_counter() - began, compiled.memory_analysis()
-        yield ProgramPlan(
-            job.name,
-            resident,
-            seconds,
-            arguments=m.argument_size_in_bytes,
-            outputs=m.output_size_in_bytes - m.alias_size_in_bytes,
-            temporaries=m.temp_size_in_bytes,
-            text=compiled.as_text(),
-        )
+def compile_job(job: Job) -> ProgramPlan:
+    """What the compiler says of a program: seconds to minutes later, and with gigabytes of the host's memory."""
+    resident, began = sum(device_bytes(x) for x in jax.tree.leaves(job.resident)), time.perf_counter()
+    try:
+        compiled = job.function.lower(*job.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return ProgramPlan(job.name, resident, time.perf_counter() - began, error=_one_line(str(error)))
+    seconds, m = time.perf_counter() - began, compiled.memory_analysis()
+    return ProgramPlan(
+        job.name,
+        resident,
+        seconds,
+        arguments=m.argument_size_in_bytes,
+        outputs=m.output_size_in_bytes - m.alias_size_in_bytes,
+        temporaries=m.temp_size_in_bytes,
+        text=compiled.as_text(),
+    )
 
 
-def _device_bytes(x: Any) -> int:
+def device_bytes(x: Any) -> int:
+    """Of an abstract array, on each device."""
     shard: tuple[int, ...] = x.sharding.shard_shape(x.shape)
     return math.prod(shard) * int(x.dtype.itemsize)
 

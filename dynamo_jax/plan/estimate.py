@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from dynamo_jax.config import Config
 from dynamo_jax.plan.chips import Chip
-from dynamo_jax.plan.compiled import ProgramPlan, compile_jobs
+from dynamo_jax.plan.compiled import ProgramPlan, compile_job
 from dynamo_jax.plan.cost import Cost, program_cost
 from dynamo_jax.plan.hlo import parse
-from dynamo_jax.plan.jobs import planned_policy, run_jobs
+from dynamo_jax.plan.jobs import Job, planned_policy
 from dynamo_jax.plan.lengths import Lengths
 from dynamo_jax.plan.step import PROGRAMS, StepCost, Work, train_flops
 from dynamo_jax.sharding import make_mesh
@@ -37,20 +37,15 @@ class ProgramEstimate:
         return self.plan.name
 
 
-def estimates(config: Config, devices: Sequence[jax.Device], chip: Chip, lengths: Lengths) -> Iterator[ProgramEstimate]:
-    """Each program of the run on these devices, as soon as it is compiled.
-
-    Raises `ValueError` if the mesh needs more devices, or a policy whose shape is not known.
-    """
-    work = Work(config, lengths)
-    for plan in compile_jobs(run_jobs(config, make_mesh(config.mesh, devices))):
-        use = PROGRAMS[plan.name]
-        if plan.text is None:
-            yield ProgramEstimate(plan, use.phase, use.calls(work))
-            continue
-        program = parse(plan.text)
-        cost, usual = program_cost(program, chip), program_cost(program, chip, use.ends(work))
-        yield ProgramEstimate(plan, use.phase, use.calls(work), cost, usual)
+def estimate(job: Job, config: Config, chip: Chip, lengths: Lengths) -> ProgramEstimate:
+    """Compile a program of the run, and read its text."""
+    work, use, plan = Work(config, lengths), PROGRAMS[job.name], compile_job(job)
+    one = ProgramEstimate(plan, use.phase, use.calls(work))
+    if plan.text is None:
+        return one
+    program = parse(plan.text)
+    cost, usual = program_cost(program, chip), program_cost(program, chip, use.ends(work))
+    return dataclasses.replace(one, cost=cost, usual=usual)
 
 
 def step_cost(

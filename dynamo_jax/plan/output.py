@@ -101,12 +101,13 @@ def as_json(
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "lengths": dataclasses.asdict(lengths),
         "fits": all(one.plan.verdict(chip.hbm) == "fits" for one in programs),
-        "step": None if step is None else _step(step, price),
+        "step": None if step is None else step_json(step, price),
         "programs": [_program(one, chip) for one in programs],
     }
 
 
-def _step(step: StepCost, price: float | None) -> dict[str, Any]:
+def step_json(step: StepCost, price: float | None = None) -> dict[str, Any]:
+    """A step's figures by name."""
     return {
         "seconds": step.seconds,
         "seconds_low": step.low,

@@ -14,7 +14,7 @@ import pytest
 
 from dynamo_jax.cli import main
 from dynamo_jax.config import load_config
-from dynamo_jax.plan import GIB, ProgramPlan, compile_jobs, jobs, plan_command, run_jobs
+from dynamo_jax.plan import GIB, ProgramPlan, compile_job, jobs, plan_command, run_jobs
 from dynamo_jax.run.stopping import Ending
 from dynamo_jax.sharding import make_mesh
 from dynamo_jax.tasks.task import build_task
@@ -63,7 +63,7 @@ def test_memory_of_a_device_is_reported(tmp_path):
     config = small_config(tmp_path)
     found = {job.name: job for job in run_jobs(config, make_mesh(config.mesh))}
     assert "sample (eval)" not in found  # its settings are the training sampler's
-    (score,) = compile_jobs([found["score"]])
+    score = compile_job(found["score"])
     state = found["update (apply)"].arguments[0]
     params, moments = (
         sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(tree))
@@ -255,12 +255,12 @@ def test_a_slice_that_does_not_do_is_one_line(topology, override, message):
 OUT_OF_MEMORY = """
 import jax, jax.numpy as jnp
 from dynamo_jax.config import MeshConfig
-from dynamo_jax.plan import Job, compile_jobs, topology_devices
+from dynamo_jax.plan import Job, compile_job, topology_devices
 from dynamo_jax.sharding import make_mesh, sharding
 
 where = sharding(make_mesh(MeshConfig(fsdp=4), topology_devices("v5e:2x2")), "batch")
 x = jax.ShapeDtypeStruct((4, 2**33), jnp.float32, sharding=where)
-(plan,) = compile_jobs([Job("update", jax.jit(lambda x: x * 2), (x,))])
+plan = compile_job(Job("update", jax.jit(lambda x: x * 2), (x,)))
 print(plan.verdict(None))
 """
 

@@ -117,7 +117,7 @@ def test_the_flops_of_the_recipe(tmp_path):
     config = load_config(ROOT / "configs" / "qwen2.5_math_1.5b.yaml", ["rollout.prompts=32", "rollout.batch=512"])
     flops = train_flops(read_architecture(tmp_path), Work(config, Lengths(1024, 3072, 3072, "")))
     attention = 512 * 4096 * 6 * 28 * 12 * 128 * 4096
-    assert (flops - attention) / (16 * 197e12) == pytest.approx(6.15, abs=0.01)
+    assert (flops - attention) / (16 * 197e12) == pytest.approx(6.15, abs=0.02)
 
 
 def test_a_step_is_the_sum_of_its_calls():
