@@ -67,21 +67,22 @@ def _weight_gradient(plan: Product, x: jax.Array, dy: jax.Array) -> jax.Array:
     """
     of_x, of_w, of_y = plan.letters
 
+    split = plan.axes.index("embed")
+    # The split axis first, so that each device's part is a run of whole rows.
+    order = of_w[split] + of_w.replace(of_w[split], "")
+
     def local(x: jax.Array, dy: jax.Array) -> jax.Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        dw = jnp.einsum(f"{of_x},{of_y}->{of_w}", x, dy, precision=plan.precision, preferred_element_type=wide)
-        if plan.mesh is None:
-            return dw
-        if plan.mesh.shape["fsdp"] > 1:
-            split = plan.axes.index("embed")
-            dw = jax.lax.psum_scatter(dw, "fsdp", scatter_dimension=split, tiled=True)
-        return jax.lax.psum(dw, "data") if plan.mesh.shape["data"] > 1 else dw
+        dw = jnp.einsum(f"{of_x},{of_y}->{order}", x, dy, precision=plan.precision, preferred_element_type=wide)
+        if plan.mesh is not None:
+            dw = scattered(dw.reshape(len(dw), -1), plan.mesh).reshape(-1, *dw.shape[1:])
+        return jnp.moveaxis(dw, 0, split)
 
     if plan.mesh is None:
         return local(x, dy)
     where = {letter: RULES[axis] for letter, axis in zip(of_w, plan.axes, strict=True)}
     # Rows come first. Of a weight's axes an activation is split along those of heads and of the MLP, as the weight is.
-    activation = {**where, of_x[0]: RULES["batch"], of_w[plan.axes.index("embed")]: None}
+    activation = {**where, of_x[0]: RULES["batch"], of_w[split]: None}
     specs = [
         PartitionSpec(*(axes.get(letter) for letter in letters))
         for letters, axes in ((of_x, activation), (of_y, activation), (of_w, where))
@@ -92,6 +93,31 @@ def _weight_gradient(plan: Product, x: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 product.defvjp(_forward, _backward)
+
+
+def scattered(x: jax.Array, mesh: Mesh, axis: int = 0) -> jax.Array:
+    """The sum over all shards of rows, of which each device keeps its `fsdp` part of `axis`. Inside a `shard_map`.
+
+    In phases of at most four devices: across more than one dimension of a slice's links the compiler of TPUs knows no
+    reduce-scatter, and would have every device receive the whole sum.
+    """
+    size = mesh.shape["fsdp"]
+    stride = size
+    for factor in _factors(size):
+        stride //= factor
+        # Devices that are `stride` apart, in each run of stride * factor: so that parts come to lie in order.
+        runs = range(0, size, stride * factor)
+        groups = [[run + i + stride * j for j in range(factor)] for run in runs for i in range(stride)]
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, axis_index_groups=groups, tiled=True)
+    return jax.lax.psum(x, "data") if mesh.shape["data"] > 1 else x
+
+
+def _factors(size: int) -> list[int]:
+    """Fours as far as they go, then primes."""
+    for factor in (4, *range(2, size + 1)):
+        if size % factor == 0:
+            return [factor, *_factors(size // factor)]
+    return []
 
 
 def gathered(weight: jax.Array, axes: Axes, mesh: Mesh | None) -> jax.Array:

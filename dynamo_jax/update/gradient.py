@@ -8,6 +8,7 @@ the update: see `policy.products.copies`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from dynamo_jax.kernels import token_stats
 from dynamo_jax.objective.terms import Metrics
 from dynamo_jax.policy.model import Decoder, Tables, param_shardings
 from dynamo_jax.policy.params import PARAMS, param_name
+from dynamo_jax.policy.products import scattered
 from dynamo_jax.sharding import sharding
 
 Objective = Callable[[TokenStats], tuple[jax.Array, Metrics]]
@@ -100,12 +102,14 @@ def added(total: Accumulated, one: Accumulated) -> Accumulated:
 def whole_gradient(grads: Any, mesh: Mesh | None) -> Any:
     """float32, as the parameters: those of embedding and head summed over the shards of rows."""
 
-    def whole(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    def whole(path: tuple[Any, ...], x_XVD: jax.Array) -> jax.Array:
         if not is_table(path):
-            return x
-        x = jnp.sum(x, axis=0)
-        axes = PARAMS[param_name(path)].logical_axes
-        return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding(mesh, *axes))
+            return x_XVD
+        if mesh is None:
+            return x_XVD[0]
+        apart, whole = (sharding(mesh, *axes).spec for axes in (("batch", "vocab"), ("vocab", "embed")))
+        f = partial(scattered, mesh=mesh, axis=1)
+        return jax.shard_map(lambda x: f(x[0]), mesh=mesh, in_specs=apart, out_specs=whole, check_vma=False)(x_XVD)
 
     return jax.tree_util.tree_map_with_path(whole, grads)
 
