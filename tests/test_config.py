@@ -280,6 +280,23 @@ def test_a_section_that_appears_is_a_difference(tmp_path):
     assert {"policy.load", "policy.architecture.hidden_size"} <= set(names)
 
 
+def test_a_longer_run_may_not_stretch_the_fall_of_its_learning_rate(tmp_path):
+    """1,024 rollouts a step in mini-batches of 256: 4 updates."""
+    batch = ["rollout.prompts=64", "rollout.per_prompt=16", "trainer.mini_batch=256", "trainer.steps=100"]
+
+    def of(*overrides: str) -> dict[str, object]:
+        return resolved(load(tmp_path, MINIMAL, *batch, *overrides))
+
+    old = of("optimizer.schedule=cosine")
+    assert differences(old, of("optimizer.schedule=cosine", "trainer.steps=200")) == [
+        "optimizer.decay_steps: 400 -> 800"
+    ]
+    assert differences(old, of("optimizer.schedule=cosine", "trainer.steps=200", "optimizer.decay_steps=400")) == []
+    assert differences(of(), of("trainer.steps=200")) == []
+    before = {**old, "optimizer": {"learning_rate": 5e-4}}  # as it was before there were schedules
+    assert differences(before, of("trainer.steps=200")) == []
+
+
 def test_free_keys_exist(tmp_path):
     tree = resolved(load(tmp_path, MINIMAL))
     for key in FREE_ON_RESUME:
@@ -346,6 +363,10 @@ def test_base_that_cannot_be_used_is_named(tmp_path, text, words):
         ("objective.clip_cov={enabled: true, low: 5.0}", "objective.clip_cov.low"),
         ("objective.overlong.enabled=true", "objective.overlong.buffer"),
         ("objective.fork_fraction=1.0", "objective.fork_fraction"),
+        ("optimizer.floor=0.1", "optimizer.floor"),
+        ("optimizer.decay_steps=9", "optimizer.decay_steps"),
+        ("optimizer={schedule: linear, warmup_steps: 150}", "optimizer.warmup_steps"),
+        ("optimizer={schedule: cosine, warmup_steps: 20, decay_steps: 20}", "optimizer.warmup_steps"),
         ("allocation.rule=released", "allocation.half_life"),
         ("allocation={rule: released, half_life: 1e8}", "allocation.half_life"),
     ],

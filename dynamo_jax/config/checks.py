@@ -31,6 +31,7 @@ def impossible(c: Config) -> list[Problem]:
         *_temperature_problems(c),
         *_allocation_problems(c),
         *_objective_problems(c),
+        *_optimizer_problems(c),
         *_task_problems(c),
         *_policy_problems(c),
     ]
@@ -132,6 +133,22 @@ def _objective_problems(c: Config) -> list[Problem]:
     if c.rollout.dynamic_sampling.enabled and c.allocation.rule == "reinforce_ada":
         why = "reinforce_ada samples in rounds of its own"
         problems.append(("rollout.dynamic_sampling.enabled", True, why, "Use one of the two."))
+    return problems
+
+
+def _optimizer_problems(c: Config) -> list[Problem]:
+    o = c.optimizer
+    problems: list[Problem] = []
+    if o.schedule != "constant" and (o.decay_steps or c.updates) <= o.warmup_steps:
+        end = f"optimizer.decay_steps = {o.decay_steps}" if o.decay_steps else f"the run's {c.updates} updates"
+        why = f"leaves nothing of {end} to optimizer.schedule = {o.schedule}"
+        problems.append(("optimizer.warmup_steps", o.warmup_steps, why, "Lower it, or set schedule=constant."))
+    if o.schedule == "constant" and o.floor:
+        why = "a constant rate has no end to fall to"
+        problems.append(("optimizer.floor", o.floor, why, "Set optimizer.schedule to linear or cosine."))
+    if o.schedule == "constant" and o.decay_steps:
+        why = "a constant rate does not decay"
+        problems.append(("optimizer.decay_steps", o.decay_steps, why, "Set optimizer.schedule to linear or cosine."))
     return problems
 
 

@@ -19,6 +19,8 @@ GroupWeight = Literal["rollout", "prompt"]
 Ratio = Literal["token", "sequence"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
+Schedule = Literal["constant", "linear", "cosine"]
+
 Scope = Literal["minibatch", "microbatch"]
 Baseline = Literal["exact", "sequence_mean"]
 

@@ -64,9 +64,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = 
     """`key: old -> new` for each resolved key that differs and changes the result (is not under `free`).
 
     A key that `old` lacks, as it was written before there was such a key, counts as its default; `~/x` and the path
-    that it stands for are the same.
+    that it stands for are the same. Where the learning rate falls to the run's last update, `optimizer.decay_steps` is
+    the number of that: a run that goes on longer needs it set to what it was.
     """
-    a, b = _flatten(_with_defaults(old, Config), Config), _flatten(new, Config)
+    a, b = (_with_decay_steps(_flatten(tree, Config)) for tree in (_with_defaults(old, Config), new))
     if "microbatch" in (a.get("modulation.scope"), b.get("modulation.scope")):
         free = [key for key in free if key != "trainer.micro_batch"]
     return [
@@ -101,6 +102,15 @@ def _flatten(tree: dict[str, Any], section: Any, prefix: str = "") -> dict[str, 
         else:
             flat[prefix + name] = _expanded(value) if holds_paths(section, name) else value
     return flat
+
+
+def _with_decay_steps(flat: dict[str, Any]) -> dict[str, Any]:
+    """Of a rate that falls over the whole run: how many updates these are (`Config.updates`)."""
+    if flat["optimizer.schedule"] == "constant" or flat["optimizer.decay_steps"] is not None:
+        return flat
+    budget = flat["rollout.prompts"] * flat["rollout.per_prompt"]
+    updates = flat["trainer.steps"] * (budget // (flat["trainer.mini_batch"] or budget))
+    return {**flat, "optimizer.decay_steps": updates}
 
 
 def _expanded(value: Any) -> Any:

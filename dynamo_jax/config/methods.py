@@ -145,10 +145,13 @@ class ModulationConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
-    """AdamW with linear warm-up to a constant rate."""
+    """AdamW with linear warm-up, then a constant or a falling rate. See `update/optimizer.py`."""
 
     learning_rate: PositiveFloat = 5e-4
     warmup_steps: NonNegativeInt = 0  # in optimizer updates
+    schedule: choices.Schedule = "constant"  # after the warm-up
+    floor: Probability = 0.0  # share of the rate that linear and cosine end at
+    decay_steps: PositiveInt | None = None  # updates, warm-up included, after which they are there; null: the run's
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     eps: PositiveFloat = 1e-8

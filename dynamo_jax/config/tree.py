@@ -236,6 +236,11 @@ class Config:
         return self.trainer.micro_batch or self.mini_batch
 
     @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.trainer.steps * (self.rollout.budget // self.mini_batch)
+
+    @property
     def rollout_batch(self) -> int:
         """Rollouts decoded at once."""
         return self.rollout.batch or self.rollout.budget

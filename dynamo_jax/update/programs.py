@@ -77,7 +77,7 @@ class Programs:
     """`score` and `update`, compiled once each; `traces` counts how often they were traced."""
 
     def __init__(self, graph: nnx.GraphDef[Decoder], abstract_params: Any, config: Config, mesh: Mesh) -> None:
-        self.optimizer = make_optimizer(config.optimizer)
+        self.optimizer = make_optimizer(config.optimizer, config.updates)
         self.abstract_state = abstract_state(abstract_params, self.optimizer, mesh)
         self.forms = [Form(self.abstract_state)]
         if isinstance(self.abstract_state, MasterState):  # older versions had no masters
@@ -165,7 +165,7 @@ def update_policy(
         "objective/loss": loss,
         "objective/grad_norm": grad_norm,
         "objective/entropy": jnp.sum(now.entropy * mask_MC) / jnp.maximum(jnp.sum(mask_MC), 1),
-        "objective/learning_rate": learning_rate_schedule(config.optimizer)(state.updates),
+        "objective/learning_rate": learning_rate_schedule(config.optimizer, config.updates)(state.updates),
     }
     return new_state, metrics
 
