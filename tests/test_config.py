@@ -367,6 +367,7 @@ def test_base_that_cannot_be_used_is_named(tmp_path, text, words):
         ("optimizer.decay_steps=9", "optimizer.decay_steps"),
         ("optimizer={schedule: linear, warmup_steps: 150}", "optimizer.warmup_steps"),
         ("optimizer={schedule: cosine, warmup_steps: 20, decay_steps: 20}", "optimizer.warmup_steps"),
+        ("optimizer.rounding=stochastic", "optimizer.rounding"),
         ("allocation.rule=released", "allocation.half_life"),
         ("allocation={rule: released, half_life: 1e8}", "allocation.half_life"),
     ],

@@ -149,6 +149,9 @@ def _optimizer_problems(c: Config) -> list[Problem]:
     if o.schedule == "constant" and o.decay_steps:
         why = "a constant rate does not decay"
         problems.append(("optimizer.decay_steps", o.decay_steps, why, "Set optimizer.schedule to linear or cosine."))
+    if o.rounding == "stochastic" and c.policy.param_dtype == "float32":
+        why = "parameters in float32 are not rounded"
+        problems.append(("optimizer.rounding", o.rounding, why, "Set policy.param_dtype=bfloat16."))
     return problems
 
 

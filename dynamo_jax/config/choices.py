@@ -20,6 +20,7 @@ Ratio = Literal["token", "sequence"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 Schedule = Literal["constant", "linear", "cosine"]
+Rounding = Literal["masters", "stochastic"]
 
 Scope = Literal["minibatch", "microbatch"]
 Baseline = Literal["exact", "sequence_mean"]

@@ -157,3 +157,5 @@ class OptimizerConfig:
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0  # of matrices and embeddings, not of norms and biases
     max_grad_norm: PositiveFloat = 1.0
+    moments: choices.DType = "float32"  # bfloat16: rounded stochastically; 4 bytes a parameter less
+    rounding: choices.Rounding = "masters"  # of bfloat16 parameters; stochastic: no float32 copy, 4 bytes less

@@ -78,7 +78,7 @@ class Programs:
 
     def __init__(self, graph: nnx.GraphDef[Decoder], abstract_params: Any, config: Config, mesh: Mesh) -> None:
         self.optimizer = make_optimizer(config.optimizer, config.updates)
-        self.abstract_state = abstract_state(abstract_params, self.optimizer, mesh)
+        self.abstract_state = abstract_state(abstract_params, self.optimizer, mesh, config.optimizer.rounding)
         self.forms = [Form(self.abstract_state)]
         if isinstance(self.abstract_state, MasterState):  # older versions had no masters
             self.forms.append(Form(TrainState(*self.abstract_state[:4]), with_masters))
@@ -97,7 +97,7 @@ class Programs:
         # Shardings are pinned: if the compiler chose them, a step's output would not match the next step's input.
         in_state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         self.init: Callable[[Any], State] = jax.jit(
-            lambda params: init_state(params, self.optimizer), out_shardings=in_state
+            lambda params: init_state(params, self.optimizer, config.optimizer.rounding), out_shardings=in_state
         )
         self.score: Callable[[Any, TrainBatch], tuple[TokenStats, jax.Array]] = jax.jit(
             score, out_shardings=(rows, sharding(mesh))
@@ -158,7 +158,7 @@ def update_policy(
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    moved = apply_gradients(state, grads, optimizer)
+    moved = apply_gradients(state, grads, optimizer, config.optimizer.rounding)
     new_state = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), moved, state)
     new_state = new_state._replace(updates=state.updates + finite, skipped=state.skipped + ~finite)
     metrics |= sums | {
