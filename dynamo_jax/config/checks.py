@@ -108,6 +108,15 @@ def _objective_problems(c: Config) -> list[Problem]:
     if (o.clip_low is None) != (o.clip_high is None):
         why = f"clip_low = {o.clip_low} and clip_high = {o.clip_high} bound the ratio together"
         problems.append(("objective.clip_low", o.clip_low, why, "Give both, or null for both."))
+    low, high = o.correction.low, o.correction.high
+    if low >= high:
+        why = f"is not below objective.correction.high = {high}"
+        problems.append(("objective.correction.low", low, why, "Lower it, to 0.5 for example."))
+    elif not low <= 1 <= high:
+        name, value = ("low", low) if low > 1 else ("high", high)
+        why = "cuts tokens on which sampler and trainer agree, whose weight is 1"
+        remedy = "Lower it to at most 1." if low > 1 else "Raise it to at least 1."
+        problems.append((f"objective.correction.{name}", value, why, remedy))
     if o.clip_cov.enabled and o.clip_cov.low >= o.clip_cov.high:
         why = f"is not below objective.clip_cov.high = {o.clip_cov.high}"
         problems.append(("objective.clip_cov.low", o.clip_cov.low, why, "Lower it."))

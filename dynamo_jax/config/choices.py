@@ -19,6 +19,10 @@ GroupWeight = Literal["rollout", "prompt"]
 Ratio = Literal["token", "sequence"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
+OldLogp = Literal["sampler", "score"]
+CorrectionKind = Literal["none", "truncate", "mask"]
+CorrectionLevel = Literal["token", "sequence"]
+
 Schedule = Literal["constant", "linear", "cosine"]
 Rounding = Literal["masters", "stochastic"]
 

@@ -105,6 +105,16 @@ class KLCovConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CorrectionConfig:
+    """Importance weights where sampler and trainer disagree on probabilities. See `objective/correction.py`."""
+
+    kind: choices.CorrectionKind = "none"
+    level: choices.CorrectionLevel = "token"
+    low: NonNegativeFloat = 0.5  # mask only: a weight below counts 0
+    high: PositiveFloat = 2.0  # a weight above counts as much (truncate) or 0 (mask)
+
+
+@dataclass(frozen=True, config=STRICT)
 class ObjectiveConfig:
     """Whatever is not enabled costs nothing. See `objective/`."""
 
@@ -112,6 +122,8 @@ class ObjectiveConfig:
     positive_weight: PositiveFloat = 0.1  # w_reinforce only: the advantage of a right rollout; a wrong one's is -1
     group_weight: choices.GroupWeight = "rollout"  # whether every rollout or every prompt weighs the same
     ratio: choices.Ratio = "token"  # sequence: GSPO
+    old_logp: choices.OldLogp = "score"  # what ratios are to: scored before the first update, or as the sampler says
+    correction: CorrectionConfig = CorrectionConfig()
     clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.2  # null, together with clip_high: no clip
     clip_high: NonNegativeFloat | None = 0.2
     clip_ratio_c: Annotated[float, Field(gt=1.0)] | None = 10.0  # dual clip; null: off

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 
 from dynamo_jax.batch import TokenStats, TrainBatch, micro_batches, whole
 from dynamo_jax.config import Config, ObjectiveConfig
+from dynamo_jax.objective.correction import Correction, importance_weight, mismatch_metrics
 from dynamo_jax.objective.modulation import entropy_change, modulate
 from dynamo_jax.objective.policy_loss import TokenTerms
 from dynamo_jax.objective.ratio import Clip, log_ratio
+from dynamo_jax.objective.segments import Segments
 from dynamo_jax.objective.selection import clip_cov_tokens, fork_tokens, kl_cov_tokens, token_priority
 from dynamo_jax.objective.shaping import entropy_advantage
 
@@ -23,6 +25,11 @@ def clip_of(config: ObjectiveConfig) -> Clip:
     return Clip(config.clip_low, config.clip_high, config.clip_ratio_c)
 
 
+def correction_of(config: ObjectiveConfig) -> Correction:
+    c = config.correction
+    return Correction(c.kind, c.level, c.low, c.high)
+
+
 def token_terms(
     batch: TrainBatch, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
 ) -> tuple[jax.Array, TokenTerms, Metrics]:
@@ -31,8 +38,9 @@ def token_terms(
     Nothing here carries a gradient; the bonus, which does, is left to the update.
 
     Args:
-        batch: the mini-batch, of which advantages, weights and random numbers are read.
-        old: statistics under the policy that sampled; `now`: under the policy that is updated.
+        batch: the mini-batch, of which advantages, weights, random numbers and the sampler's log-probs are read.
+        old: statistics under the policy that sampled, its log-probs by `objective.old_logp` the sampler's; `now`: under
+            the policy that is updated.
         mask_MC: 1 for tokens that count.
     """
     o = config.objective
@@ -67,7 +75,44 @@ def token_terms(
         penalised_MC = kl_cov_tokens(now.logp, advantage_MC, mask_MC, priority_MC, fraction=o.kl_cov.fraction)
         kl_MC = o.kl_cov.coefficient * penalised_MC
         metrics["objective/kl_cov_fraction"] = jnp.sum(penalised_MC) / tokens
-    return advantage_MC, TokenTerms(keep=keep_MC, kl_coef=kl_MC, weight=batch.weight_M[:, None]), metrics
+    corrected_MC, mismatch = _correction(batch.sampled_logp_MC, old, now, mask_MC, o)
+    weight_MC = batch.weight_M[:, None] * corrected_MC
+    return advantage_MC, TokenTerms(keep=keep_MC, kl_coef=kl_MC, weight=weight_MC), metrics | mismatch
+
+
+def _correction(
+    sampled_logp: jax.Array,
+    old: TokenStats,
+    now: TokenStats,
+    mask: jax.Array,
+    o: ObjectiveConfig,
+    segments: Segments | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """What each token's loss is multiplied by for the sampler's sake, and the metrics of the mismatch. With r the ratio
+    of the loss, q the sampler and f what `Correction` makes of a weight:
+
+        old_logp = score     f(pi_old / q)         r = pi / pi_old is left to PPO's clip
+        old_logp = sampler   f(pi / q) / r         r = pi / q has the mismatch in it; f takes its place
+                             1 for kind none
+
+    In a step's first update, where pi = pi_old, a token that no clip stops has the weight f(pi_old / q) either way.
+
+    What the clip does differs. `score` counts only how far the policy has moved. `sampler` counts the mismatch, too: a
+    token of positive advantage with pi_old / q > 1 + clip_high has no gradient though the policy has not moved, nor has
+    one of negative advantage with pi_old / q < 1 - clip_low. So f there bounds what the clip leaves: r above `high` for
+    negative advantages (up to the dual clip), and r below `low` for positive ones; a truncation with `high` above 1 +
+    clip_high changes nothing else. Where the mismatch is as wide as the clip, take `score`, or no clip.
+    """
+    correction = correction_of(o)
+    by_sampler = o.old_logp == "sampler"
+    trained = now.logp if by_sampler else old.logp
+    metrics = mismatch_metrics(trained, sampled_logp, mask, correction, segments)
+    if correction.kind == "none" and not by_sampler:
+        return jnp.ones_like(mask), metrics
+    weight = correction.of(importance_weight(trained, sampled_logp, mask, correction.level, segments))
+    if by_sampler and correction.kind != "none":
+        weight /= jnp.exp(log_ratio(now.logp, sampled_logp, mask, o.ratio))
+    return weight, metrics
 
 
 def token_advantages(
