@@ -17,13 +17,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from dynamo_jax.batch import TrainBatch
+from dynamo_jax.batch import PackedRows
 from dynamo_jax.config import Config
 from dynamo_jax.policy.model import DecoderConfig, abstract_policy, init_policy, param_shardings
 from dynamo_jax.run.metrics import ProgressBar
 from dynamo_jax.sharding import of_process_0, to_mesh
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, worked_solutions
-from dynamo_jax.update import State, apply_gradients, completion_mask, completion_stats, init_state
+from dynamo_jax.update import State, apply_gradients, init_state
+from dynamo_jax.update.gradient import row_stats
 
 log = logging.getLogger("dynamo_jax")
 
@@ -60,11 +61,11 @@ def warm_up(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     @jax.jit
-    def step(state: State, batch: TrainBatch) -> State:
+    def step(state: State, rows: PackedRows, mask_GS: jax.Array) -> State:
         def loss_fn(params: Any) -> jax.Array:
-            mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
-            stats = completion_stats(nnx.merge(graph, params), batch, temperature=1.0)
-            return -jnp.sum(stats.logp * mask_MC) / jnp.sum(mask_MC)
+            model = nnx.merge(graph, params)
+            stats = row_stats(model, model.tables(), rows, mask_GS, temperature=1.0)
+            return -jnp.sum(stats.logp * mask_GS) / jnp.sum(mask_GS)
 
         return apply_gradients(state, jax.grad(loss_fn)(state.params), optimizer)
 
@@ -74,19 +75,23 @@ def warm_up(
             config.seed, w.batch, config.task.arithmetic.max_operations, w.multiplication_rate, heldout
         )
         for done, pairs in zip(range(1, w.steps + 1), batches, strict=False):
-            batch = _supervised_batch(pairs, tokenizer, config.task.max_prompt_tokens, config.rollout.max_tokens)
-            state = step(state, batch)
+            slots = config.task.max_prompt_tokens + config.rollout.max_tokens
+            state = step(state, *_supervised_rows(pairs, tokenizer, slots))
             each_step(done)
         return jax.device_get(state.params)
 
 
-def _supervised_batch(pairs: list[tuple[str, str]], tokenizer: ArithmeticTokenizer, L: int, C: int) -> TrainBatch:
-    M = len(pairs)
-    prompts_ML, tokens_MC = (np.full((M, size), tokenizer.pad_id, np.int32) for size in (L, C))
-    prompt_length_M, length_M = np.zeros(M, np.int32), np.zeros(M, np.int32)
-    for m, (problem, solution) in enumerate(pairs):
+def _supervised_rows(
+    pairs: list[tuple[str, str]], tokenizer: ArithmeticTokenizer, slots: int
+) -> tuple[PackedRows, np.ndarray]:
+    """One problem with its solution a row, and the mask [G, S] of what is learned: the solutions' tokens."""
+    G = len(pairs)
+    tokens, rollout = np.full((G, slots), tokenizer.pad_id, np.int32), np.full((G, slots), G, np.int32)
+    mask = np.zeros((G, slots), np.float32)
+    for g, (problem, solution) in enumerate(pairs):
         prompt, completion = tokenizer.encode(problem), [*tokenizer.encode(solution), tokenizer.eos_id]
-        prompts_ML[m, L - len(prompt) :], tokens_MC[m, : len(completion)] = prompt, completion
-        prompt_length_M[m], length_M[m] = len(prompt), len(completion)
-    unused_M, unused_MC = np.zeros(M), np.zeros((M, C))
-    return TrainBatch(prompts_ML, prompt_length_M, tokens_MC, length_M, unused_M, unused_M, unused_M, unused_MC)  # type: ignore[arg-type]
+        end = len(prompt) + len(completion)
+        tokens[g, :end], rollout[g, :end] = prompt + completion, g
+        mask[g, len(prompt) - 1 : end - 1] = 1
+    position = np.broadcast_to(np.arange(slots, dtype=np.int32), (G, slots))
+    return PackedRows(tokens, rollout, position, np.zeros_like(mask)), mask  # type: ignore[arg-type]

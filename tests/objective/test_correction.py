@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynamo_jax.batch import TokenStats, TrainBatch
+from dynamo_jax.batch import Tokens, TokenStats
 from dynamo_jax.config import Config, ModulationConfig, ObjectiveConfig
 from dynamo_jax.config.methods import CorrectionConfig
 from dynamo_jax.objective import Correction, importance_weight, mismatch_metrics, policy_loss
@@ -47,15 +47,12 @@ def settings(**objective):
 
 def loss_of(config, logp, old_logp, sampled_logp, advantage, weight, mask=None):
     """What the update makes of these log-probs, from the settings on."""
-    mask = jnp.ones_like(logp) if mask is None else mask
-    M = len(logp)
-    none = np.zeros((M, 1), np.int32)
-    batch = TrainBatch(
-        none, none[:, 0], none, none[:, 0], advantage, weight, none[:, 0].astype(np.uint32), sampled_logp
-    )
+    mask, of = jnp.ones_like(logp) if mask is None else mask, jnp.zeros(logp.shape, jnp.int32)
+    row = of + jnp.arange(len(logp))[:, None]
+    tokens = Tokens(mask, of, row, advantage[:, None] + of, weight[:, None] + of, of.astype(jnp.uint32), sampled_logp)
     old = sampled_logp if config.objective.old_logp == "sampler" else old_logp
-    stats = [TokenStats(jax.lax.stop_gradient(x), jnp.zeros_like(x), jnp.zeros_like(x)) for x in (old, logp)]
-    advantages, terms, metrics = token_terms(batch, *stats, mask, config)
+    fixed = jax.lax.stop_gradient(logp)
+    advantages, terms, metrics = token_terms(tokens, old, TokenStats(fixed, fixed, fixed), len(logp), config)
     o = config.objective
     loss, _ = policy_loss(
         logp, old, advantages, mask, clip_of(o), aggregation=o.aggregation, ratio=o.ratio, terms=terms
@@ -224,7 +221,7 @@ def test_log_probs_of_a_sampler_that_are_not_finite_are_seen(bad):
         assert np.isfinite([float(loss), *map(float, metrics.values())]).all()
         loss, metrics = loss_of(config, logp, logp, wrong, advantage, jnp.ones(3), mask)
         assert np.isnan(float(loss))
-        assert np.isnan(float(metrics["mismatch/kl"]))
+        assert all(np.isnan(float(metrics[name])) for name in metrics if name in ("mismatch/kl", "mismatch/k3"))
     _, metrics = loss_of(settings(), logp, logp, wrong, advantage, jnp.ones(3), mask)  # not read, but shown
     assert np.isnan(float(metrics["mismatch/kl"]))
 
