@@ -31,6 +31,7 @@ def impossible(c: Config) -> list[Problem]:
         *_temperature_problems(c),
         *_allocation_problems(c),
         *_objective_problems(c),
+        *_kl_problems(c),
         *_optimizer_problems(c),
         *_task_problems(c),
         *_policy_problems(c),
@@ -145,6 +146,24 @@ def _objective_problems(c: Config) -> list[Problem]:
     if c.rollout.dynamic_sampling.enabled and c.allocation.rule == "reinforce_ada":
         why = "reinforce_ada samples in rounds of its own"
         problems.append(("rollout.dynamic_sampling.enabled", True, why, "Use one of the two."))
+    return problems
+
+
+def _kl_problems(c: Config) -> list[Problem]:
+    kl, key = c.objective.kl, "objective.kl.in"
+    if not kl.coefficient or kl.in_ == "loss":
+        return []
+    problems: list[Problem] = []
+    if c.objective.advantage == "w_reinforce":
+        why = "objective.advantage = w_reinforce knows right and wrong only, nothing that is taken from a reward"
+        problems.append((key, kl.in_, why, "Set objective.kl.in=loss, or choose another advantage."))
+    rounds = {
+        "rollout.dynamic_sampling.enabled = true": c.rollout.dynamic_sampling.enabled,
+        "allocation.rule = reinforce_ada": c.allocation.rule == "reinforce_ada",
+    }
+    for setting in (name for name, on in rounds.items() if on):
+        why = f"{setting} chooses rollouts by their rewards before the reference has seen them"
+        problems.append((key, kl.in_, why, "Set objective.kl.in=loss."))
     return problems
 
 

@@ -24,6 +24,9 @@ Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean",
 CorrectionKind = Literal["none", "truncate", "mask"]
 CorrectionLevel = Literal["token", "sequence"]
 
+KLEstimator = Literal["k1", "k2", "k3"]
+KLPlace = Literal["loss", "reward"]
+
 Schedule = Literal["constant", "linear", "cosine"]
 Rounding = Literal["masters", "stochastic"]
 

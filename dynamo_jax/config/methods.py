@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from dynamo_jax.config import choices
-from dynamo_jax.config.kinds import STRICT, NonNegativeFloat, Probability
+from dynamo_jax.config.kinds import ALIASED, STRICT, NonNegativeFloat, Probability
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -114,6 +114,16 @@ class CorrectionConfig:
     high: PositiveFloat = 2.0  # a weight above counts as much (truncate) or 0 (mask)
 
 
+@dataclass(frozen=True, config=ALIASED)
+class KLConfig:
+    """What the policy pays for leaving the one before training. See `objective/kl.py`."""
+
+    coefficient: NonNegativeFloat = 0.0  # 0: off, and there is no reference
+    estimator: choices.KLEstimator = "k2"
+    in_: Annotated[choices.KLPlace, Field(alias="in")] = "loss"
+    host_memory: bool = False  # the reference waits in the host's memory, and is on the devices for its pass only
+
+
 @dataclass(frozen=True, config=STRICT)
 class ObjectiveConfig:
     """Whatever is not enabled costs nothing. See `objective/`."""
@@ -136,6 +146,7 @@ class ObjectiveConfig:
     entropy_advantage: EntropyAdvantageConfig = EntropyAdvantageConfig()
     clip_cov: ClipCovConfig = ClipCovConfig()
     kl_cov: KLCovConfig = KLCovConfig()
+    kl: KLConfig = KLConfig()
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -2,6 +2,7 @@
 
 from dynamo_jax.objective.advantage import group_advantage, group_weight
 from dynamo_jax.objective.correction import Correction, importance_weight, mismatch_metrics
+from dynamo_jax.objective.kl import kl_estimate, kl_metrics
 from dynamo_jax.objective.modulation import entropy_change, modulate
 from dynamo_jax.objective.policy_loss import Denominators, TokenTerms, denominators, policy_loss, rollout_scale
 from dynamo_jax.objective.ratio import Clip, log_ratio
@@ -31,6 +32,8 @@ __all__ = [
     "group_weight",
     "importance_weight",
     "kl_cov_tokens",
+    "kl_estimate",
+    "kl_metrics",
     "largest",
     "log_ratio",
     "mismatch_metrics",
