@@ -26,7 +26,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "pyarrow>=17",
-        "pydantic>=2.9",
+        "pydantic>=2.11",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "sympy>=1.13",
