@@ -3,18 +3,19 @@
 Axes, used as suffixes of array names throughout the package, each letter with one meaning:
   P  prompts in a step             N  prompts in the data set              E  features of a prompt
   B  rollouts in a step            M  rollouts in a mini-batch             R  rollouts that a step sampled
-  L  prompt tokens, left-padded    C  completion tokens, right-padded      S  sequence slots (L + C)
+  L  prompt tokens, left-padded    C  completion tokens, right-padded      S  slots of a row, of a sequence
   Q  query positions               T  tokens in a flat list                V  vocabulary
   Z  layers                        D  model width                          F  width of the MLP
   A  query heads                   K  key/value heads                      H  head size
   W  random Fourier features       U  rollouts above the lower bound of an allocation
+  I  micro-batches                 G  rows of a micro-batch                X  shards of rows
 B is the budget; R is B unless the method samples in rounds. A digit is a size (x_B1D), a small letter a part of its
 axis: a block of tokens (z_tv), a piece of rollouts (rows_b).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,17 +50,40 @@ class TokenStats(NamedTuple):
     lambda_mean: jax.Array  # sum_a pi(a)^2 (log pi(a) + H); carries no gradient
 
 
-class TrainBatch(NamedTuple):
-    """M rollouts of one mini-batch, with all that their update reads. Row m stays together through permutations."""
+class PackedRows(NamedTuple):
+    """Rows of S slots that hold several rollouts each: prompt and completion of one after those of another.
 
-    prompt_tokens_ML: jax.Array  # int32, left-padded
+    Arrays of one shape, [G, S] of a micro-batch or [I, G, S] of a mini-batch. What is known or asked of a
+    token is kept in the slot before its own, whose hidden state predicts it.
+    """
+
+    tokens: jax.Array  # int32
+    rollout: jax.Array  # int32, 0 .. M - 1; M: padding
+    position: jax.Array  # int32, the token's place in prompt and completion, from 0
+    sampled_logp: jax.Array  # float32, nats, of the token that the slot predicts, as the sampler saw it
+
+
+class TrainBatch(NamedTuple):
+    """M rollouts of one mini-batch, with all that their update reads."""
+
+    rows: PackedRows  # [I, G, S]
     prompt_length_M: jax.Array  # int32
-    tokens_MC: jax.Array  # int32, right-padded
-    length_M: jax.Array  # int32; 0: nothing was sampled for this row
+    length_M: jax.Array  # int32; 0: nothing was sampled, or nothing is trained
     advantage_M: jax.Array  # float32, group-relative
-    weight_M: jax.Array  # float32, multiplies the row's loss
-    random_M: jax.Array  # uint32, of (seed, step, rollout): random choices among the row's tokens derive from it
-    sampled_logp_MC: jax.Array  # float32, nats, as the sampler saw them
+    weight_M: jax.Array  # float32, multiplies the rollout's loss
+    random_M: jax.Array  # uint32, of (seed, step, rollout): random choices among its tokens derive from it
+
+
+class Tokens(NamedTuple):
+    """What the objective knows of each token that is predicted. Arrays of one shape, such as [I, G, S] or [M, C]."""
+
+    mask: jax.Array  # float32: 1 on sampled tokens, the end-of-sequence token included
+    step: jax.Array  # int32, the token's place in its completion, from 0
+    rollout: jax.Array  # int32, 0 .. M - 1; M: of none
+    advantage: jax.Array  # float32, its rollout's
+    weight: jax.Array  # float32, its rollout's
+    random: jax.Array  # uint32, its rollout's
+    sampled_logp: jax.Array  # float32, nats
 
 
 class Pool(NamedTuple):
@@ -80,40 +104,20 @@ class Pool(NamedTuple):
         return shaped_R
 
 
-def train_batch(
-    pool: Pool, advantage_R: np.ndarray, weight_R: np.ndarray, random_R: np.ndarray, rows_M: np.ndarray
-) -> TrainBatch:
-    """Rows `rows_M` of a step's rollouts, with their prompts: host arrays. All is read through `prompt_of_R`.
+def tokens_of(batch: TrainBatch, rows: PackedRows) -> Tokens:
+    """What each slot of these rows of the mini-batch predicts."""
 
-    A row of -1 is empty: length, advantage and weight 0.
-    """
-    real_M, rows_M = rows_M >= 0, np.maximum(rows_M, 0)
-    slot_M = pool.prompt_of_R[rows_M]
+    def look_up(x_M: jax.Array) -> jax.Array:
+        return jnp.append(x_M, jnp.zeros((), x_M.dtype))[rows.rollout]
 
-    def real(x_R: Any) -> Any:
-        return np.where(real_M, x_R[rows_M], 0).astype(x_R.dtype)
-
-    return TrainBatch(
-        pool.prompts.tokens_PL[slot_M],
-        pool.prompts.length_P[slot_M],
-        pool.rollouts.tokens_BC[rows_M],
-        real(pool.rollouts.length_B),
-        real(advantage_R),
-        real(weight_R),
-        real(random_R),
-        pool.rollouts.logp_BC[rows_M],
+    step = rows.position + 1 - look_up(batch.prompt_length_M)
+    mask = (step >= 0) & (step < look_up(batch.length_M))
+    return Tokens(
+        mask.astype(jnp.float32),
+        step,
+        rows.rollout,
+        look_up(batch.advantage_M),
+        look_up(batch.weight_M),
+        look_up(batch.random_M),
+        rows.sampled_logp,
     )
-
-
-def micro_batches(tree: Any, size: int) -> Any:
-    """[M, ...] -> [M / size, size, ...]. Strided, so that rows stay on their device: its shards are contiguous in M."""
-
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x.reshape(size, x.shape[0] // size, *x.shape[1:]), 0, 1)
-
-    return jax.tree.map(split, tree)
-
-
-def whole(tree: Any) -> Any:
-    """The inverse of `micro_batches`."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from dynamo_jax.allocation.programs import AllocationPrograms
 from dynamo_jax.allocation.rules import RULES
-from dynamo_jax.batch import TokenStats, TrainBatch
+from dynamo_jax.batch import PackedRows, TokenStats, TrainBatch
 from dynamo_jax.config import Config
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.policy.hf import read_architecture
@@ -181,7 +181,7 @@ def jobs(
 ) -> list[Job]:
     """Each program with the abstract values of what `trainer.py` and `rollout/sampler.py` call it with."""
     rows = sharding(mesh, "batch")
-    P, B, C, L = config.rollout.prompts, config.rollout.budget, config.rollout.max_tokens, config.task.max_prompt_tokens
+    P, B, L = config.rollout.prompts, config.rollout.budget, config.task.max_prompt_tokens
 
     def split(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
@@ -198,15 +198,24 @@ def jobs(
     a = config.allocation
     features = host(P, a.vip.features, dtype=jnp.float32) if RULES[a.rule].features else None
 
-    def mini_batch(M: int) -> tuple[TrainBatch, TokenStats]:
-        int_M, float_M, random_M = split(M), split(M, dtype=jnp.float32), split(M, dtype=jnp.uint32)
-        float_MC = split(M, C, dtype=jnp.float32)
-        batch = TrainBatch(split(M, L), int_M, split(M, C), int_M, float_M, float_M, random_M, float_MC)
-        return batch, TokenStats(float_MC, float_MC, float_MC)
+    def everywhere(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh))
 
-    batch, old = mini_batch(config.mini_batch)
+    def packed(dtype: Any, batches: int = 1) -> Any:
+        shape = programs.shape._replace(micro_batches=batches * programs.shape.micro_batches)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, None, "batch"))
+
+    def mini_batch(batches: int = 1) -> tuple[TrainBatch, TokenStats]:
+        int_IGS, float_IGS, M = packed(jnp.int32, batches), packed(jnp.float32, batches), config.mini_batch * batches
+        float_M, random_M = everywhere(M, dtype=jnp.float32), everywhere(M, dtype=jnp.uint32)
+        rows = PackedRows(int_IGS, int_IGS, int_IGS, float_IGS)
+        batch = TrainBatch(rows, everywhere(M), everywhere(M), float_M, float_M, random_M)
+        return batch, TokenStats(float_IGS, float_IGS, float_IGS)
+
+    batch, old = mini_batch()
     # All mini-batches of a step and their scores wait on the devices for their updates.
-    waiting = mini_batch(B - config.mini_batch)
+    waiting = mini_batch(B // config.mini_batch - 1)
+    index = host()
     moments = (state._replace(params=None), stats)  # and masters, if it has any
 
     found = [Job("allocate", allocation.allocate_program, (stats, index_P, step, features), state)]
@@ -217,9 +226,33 @@ def jobs(
             found.append(Job(name, s.program, (state.params, *inputs), moments))
     return [
         *found,
-        Job("score", programs.score, (state.params, batch), (moments, waiting)),
-        Job("update", programs.update, (state, batch, old, old), (stats, waiting)),
+        *update_jobs(programs, state, batch, old, index, moments, (stats, waiting)),
         Job("record", allocation.record_program, (stats, index_P, host(B), reward_B, reward_B, step, features), state),
+    ]
+
+
+def update_jobs(
+    programs: Programs, state: Any, batch: TrainBatch, old: TokenStats, index: Any, moments: Any, waiting: Any
+) -> list[Job]:
+    """The programs of `update/programs.py` that this run uses."""
+    beside, found = (moments, waiting), []
+    if programs.scores_first or not programs.alone:
+        found.append(Job("score", programs.score_program, (state.params, batch, index, old), beside))
+    if programs.alone:
+        old_logp = old.logp if programs.scores_first else None
+        return [*found, Job("update", programs.whole_program, (state, batch, old_logp), waiting)]
+    of_terms = (state.params, batch, old.logp, old)
+    terms, metrics, total = jax.tree.map(
+        lambda where, below: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), below),
+        programs.terms_shardings,
+        jax.eval_shape(programs.terms_program, *of_terms),
+    )
+    of_update = (total, state.params, batch, old.logp, terms, index)
+    return [
+        *found,
+        Job("terms", programs.terms_program, of_terms, beside),
+        Job("update", programs.gradient_program, of_update, beside),
+        Job("update (apply)", programs.apply_program, (state, total, metrics), waiting),
     ]
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from dynamo_jax.batch import Pool
 from dynamo_jax.config import Config
 from dynamo_jax.rounds import mixed_groups
+from dynamo_jax.update import MiniBatch
+from dynamo_jax.update.packing import Shape
 
 log = logging.getLogger("dynamo_jax")
 
@@ -91,6 +93,21 @@ def update_metrics(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         name: float(combine.get(name.rpartition("_")[2], np.mean)([update[name] for update in counted]))
         for name in updates[0]
     }
+
+
+def packing_metrics(batches: Sequence[MiniBatch], shape: Shape) -> dict[str, float]:
+    """The share of computed slots that hold no token, in all updates of the step."""
+    slots = sum(batch.live for batch in batches) * shape.rows * shape.slots
+    return {"update/padding_fraction": 1 - sum(batch.tokens for batch in batches) / slots}
+
+
+def logp_drift(scored: Sequence[Sequence[float]], updates: Sequence[Mapping[str, Any]]) -> float:
+    """The largest difference between a token's log-prob as sampled and before the step's first update, nats.
+
+    Over the micro-batches of all that was `scored` then, else over what the first update has looked at.
+    """
+    before = [drift for of_batch in scored for drift in of_batch] or [updates[0]["rollout/logp_drift"]]
+    return float(np.max(before))
 
 
 def skipped_updates(step: int, updates: Sequence[Mapping[str, Any]]) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
-from dynamo_jax.batch import Pool, Rollouts, train_batch
+from dynamo_jax.batch import Pool, Rollouts
 from dynamo_jax.config import Config
 from dynamo_jax.evaluation.scores import evaluate
 from dynamo_jax.hosts.peers import watched
@@ -44,9 +44,11 @@ from dynamo_jax.run.stopping import Ending, Interrupted, Stopping
 from dynamo_jax.run.storage import TemporaryFailure, patiently
 from dynamo_jax.run.writer import sample_lines
 from dynamo_jax.run.xla_cache import XlaCache
-from dynamo_jax.sharding import agreed, make_mesh, sharding, start_devices, to_host, to_mesh, total
+from dynamo_jax.sharding import agreed, make_mesh, start_devices, to_host, total
 from dynamo_jax.step_metrics import (
     allocation_metrics,
+    logp_drift,
+    packing_metrics,
     rollout_metrics,
     shaping_metrics,
     shares,
@@ -56,7 +58,7 @@ from dynamo_jax.step_metrics import (
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
-from dynamo_jax.update import Programs, State
+from dynamo_jax.update import Programs, State, pack
 from dynamo_jax.warmup import warmed_up
 
 log = logging.getLogger("dynamo_jax")
@@ -159,23 +161,22 @@ class Trainer:
             random_R = self._random(step, SELECT).integers(2**32, size=len(advantage_R), dtype=np.uint32)
             order_B = self._random(step, PERMUTE).permutation(rows_B)
             batches = [
-                to_mesh(train_batch(pool, advantage_R, weight_R, random_R, rows_M), sharding(self.mesh, "batch"))
+                self.programs.place(pack(pool, advantage_R, weight_R, random_R, rows_M, self.programs.shape))
                 for rows_M in order_B.reshape(-1, c.mini_batch)
             ]
             scored = []
-            for batch in batches:
+            for batch in batches if self.programs.scores_first else []:
                 scored.append(self.programs.score(self.state.params, batch))
                 self._listen(scored[-1])
-            drift = to_host([drift for _, drift in scored])
+            drift = to_host([drifts for _, drifts in scored])
         self.stopping.check()
 
-        # Eq. 29 and H are the current policy's; before a step's first update that is the one scored already.
         self._updating = True
         with self.phase("update"):
             updates: list[dict[str, Any]] = []
-            for batch, (old, _) in zip(batches, scored, strict=True):
-                now = self.programs.score(self.state.params, batch)[0] if updates else old
-                self.state, metrics = self.programs.update(self.state, batch, old, now)
+            for number, batch in enumerate(batches):
+                old = scored[number][0] if scored else None
+                self.state, metrics = self.programs.update(self.state, batch, old, first=not updates)
                 updates.append(metrics)
                 self._listen(metrics)
             for one in sampled:
@@ -191,11 +192,12 @@ class Trainer:
             **update_metrics(updates),
             **allocation_metrics(*shares(sampled)),
             **rollout_metrics(pool, self.phase.seconds["sample"]),
+            **packing_metrics(batches, self.programs.shape),
             **self.rounds.metrics(sampled, pool, rows_B),
             **shaping_metrics(c, pool),
             "verifier/killed": int(total(np.array(self.task.verifier.counts.get("killed", 0) - killed))),
             "objective/skipped_updates": skipped_updates(step, updates),
-            "rollout/logp_drift": float(np.max(drift)),
+            "rollout/logp_drift": logp_drift(drift, updates),
             "data/epoch": self.data.drawn / len(self.task.train),
         }
 

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
-from dynamo_jax.batch import TrainBatch
+from dynamo_jax.batch import PackedRows, Tokens, TokenStats
 from dynamo_jax.config import Config
 from dynamo_jax.policy.model import DecoderConfig, abstract_policy, init_policy, param_shardings
 from dynamo_jax.run.metrics import ProgressBar
 from dynamo_jax.sharding import of_process_0, to_mesh
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, worked_solutions
-from dynamo_jax.update import State, apply_gradients, completion_mask, completion_stats, init_state
+from dynamo_jax.update import State, apply_gradients, init_state
+from dynamo_jax.update.gradient import gradient, nothing, whole_gradient
 
 log = logging.getLogger("dynamo_jax")
 
@@ -60,13 +60,13 @@ def warm_up(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     @jax.jit
-    def step(state: State, batch: TrainBatch) -> State:
-        def loss_fn(params: Any) -> jax.Array:
-            mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
-            stats = completion_stats(nnx.merge(graph, params), batch, temperature=1.0)
-            return -jnp.sum(stats.logp * mask_MC) / jnp.sum(mask_MC)
+    def step(state: State, rows: PackedRows, tokens: Tokens) -> State:
+        def objective(stats: TokenStats) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return -jnp.sum(stats.logp * tokens.mask) / jnp.sum(tokens.mask), {}
 
-        return apply_gradients(state, jax.grad(loss_fn)(state.params), optimizer)
+        zeros = nothing(state.params, 1, ["objective/loss"])
+        total = gradient(zeros, graph, state.params, rows, tokens, objective, temperature=1.0)
+        return apply_gradients(state, whole_gradient(total.grads, None), optimizer)
 
     with jax.default_device(jax.local_devices()[0]):
         state = init_state(init_policy(policy, key), optimizer)
@@ -74,19 +74,25 @@ def warm_up(
             config.seed, w.batch, config.task.arithmetic.max_operations, w.multiplication_rate, heldout
         )
         for done, pairs in zip(range(1, w.steps + 1), batches, strict=False):
-            batch = _supervised_batch(pairs, tokenizer, config.task.max_prompt_tokens, config.rollout.max_tokens)
-            state = step(state, batch)
+            slots = config.task.max_prompt_tokens + config.rollout.max_tokens
+            state = step(state, *_supervised_rows(pairs, tokenizer, slots))
             each_step(done)
         return jax.device_get(state.params)
 
 
-def _supervised_batch(pairs: list[tuple[str, str]], tokenizer: ArithmeticTokenizer, L: int, C: int) -> TrainBatch:
-    M = len(pairs)
-    prompts_ML, tokens_MC = (np.full((M, size), tokenizer.pad_id, np.int32) for size in (L, C))
-    prompt_length_M, length_M = np.zeros(M, np.int32), np.zeros(M, np.int32)
-    for m, (problem, solution) in enumerate(pairs):
+def _supervised_rows(
+    pairs: list[tuple[str, str]], tokenizer: ArithmeticTokenizer, slots: int
+) -> tuple[PackedRows, Tokens]:
+    """One problem with its solution a row. The mask of the tokens has what is learned: the solutions."""
+    G = len(pairs)
+    tokens, rollout = np.full((G, slots), tokenizer.pad_id, np.int32), np.full((G, slots), G, np.int32)
+    mask = np.zeros((G, slots), np.float32)
+    for g, (problem, solution) in enumerate(pairs):
         prompt, completion = tokenizer.encode(problem), [*tokenizer.encode(solution), tokenizer.eos_id]
-        prompts_ML[m, L - len(prompt) :], tokens_MC[m, : len(completion)] = prompt, completion
-        prompt_length_M[m], length_M[m] = len(prompt), len(completion)
-    unused_M, unused_MC = np.zeros(M), np.zeros((M, C))
-    return TrainBatch(prompts_ML, prompt_length_M, tokens_MC, length_M, unused_M, unused_M, unused_M, unused_MC)  # type: ignore[arg-type]
+        end = len(prompt) + len(completion)
+        tokens[g, :end], rollout[g, :end] = prompt + completion, g
+        mask[g, len(prompt) - 1 : end - 1] = 1
+    position = np.broadcast_to(np.arange(slots, dtype=np.int32), (G, slots))
+    unused = np.zeros_like(mask)
+    rows = PackedRows(tokens, rollout, position, unused)  # type: ignore[arg-type]
+    return rows, Tokens(mask, position, rollout, unused, unused, unused, unused)  # type: ignore[arg-type]

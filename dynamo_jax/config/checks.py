@@ -57,8 +57,11 @@ def _batch_problems(c: Config) -> list[Problem]:
         why = f"does not divide the {budget} rollouts of a step"
         problems.append(("trainer.mini_batch", c.mini_batch, why, "Choose a divisor."))
     if c.mini_batch % c.micro_batch:
-        why = f"does not divide the mini-batch of {c.mini_batch} rollouts"
+        why = f"does not divide the mini-batch, which has up to {c.mini_batch} rows"
         problems.append(("trainer.micro_batch", c.micro_batch, why, "Choose a divisor."))
+    if c.row_tokens < (longest := c.task.max_prompt_tokens + c.rollout.max_tokens):
+        why = f"does not hold a prompt of {c.task.max_prompt_tokens} tokens with a completion of {c.rollout.max_tokens}"
+        problems.append(("trainer.row_tokens", c.row_tokens, why, f"Set {longest} or more, or leave it out."))
     if budget % c.rollout_batch:
         why = f"does not divide the {budget} rollouts of a step"
         problems.append(("rollout.batch", c.rollout_batch, why, "Choose a divisor."))

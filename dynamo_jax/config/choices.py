@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 Device = Literal["auto", "cpu", "gpu", "tpu"]
 DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "attention", "dots", "full"]
 
 TaskKind = Literal["arithmetic", "math"]
 VerifierKind = Literal["math", "math_verify_compat"]
@@ -17,6 +18,7 @@ KnapsackValue = Literal["info_gain", "one"]
 Advantage = Literal["grpo", "dr_grpo", "rloo", "w_reinforce"]
 GroupWeight = Literal["rollout", "prompt"]
 Ratio = Literal["token", "sequence"]
+OldLogp = Literal["score", "sampler"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 Scope = Literal["minibatch", "microbatch"]

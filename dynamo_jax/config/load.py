@@ -22,7 +22,8 @@ from dynamo_jax.config.tree import Config
 # Keys that change where, how fast or how verbosely a run goes, but no number that it computes. A resume may change
 # them; a change of any other key is refused (see `differences`).
 FREE_ON_RESUME = (
-    "run_dir", "device", "mesh", "trainer.steps", "trainer.micro_batch", "trainer.compilation_cache", "rollout.batch",
+    "run_dir", "device", "mesh", "trainer.steps", "trainer.micro_batch", "trainer.row_tokens",
+    "trainer.compilation_cache", "rollout.batch",
     "policy.remat", "checkpoint", "logging", "verifier.workers", "watchdog",
     "task.allow_overlap",
 )  # fmt: skip
@@ -68,7 +69,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = 
     """
     a, b = _flatten(_with_defaults(old, Config), Config), _flatten(new, Config)
     if "microbatch" in (a.get("modulation.scope"), b.get("modulation.scope")):
-        free = [key for key in free if key != "trainer.micro_batch"]
+        free = [key for key in free if key not in ("trainer.micro_batch", "trainer.row_tokens")]
     return [
         f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
         for key in sorted(a.keys() | b.keys())

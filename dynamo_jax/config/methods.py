@@ -112,6 +112,7 @@ class ObjectiveConfig:
     positive_weight: PositiveFloat = 0.1  # w_reinforce only: the advantage of a right rollout; a wrong one's is -1
     group_weight: choices.GroupWeight = "rollout"  # whether every rollout or every prompt weighs the same
     ratio: choices.Ratio = "token"  # sequence: GSPO
+    old_logp: choices.OldLogp = "score"  # who says how likely a rollout was: a pass before the updates, or its sampler
     clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.2  # null, together with clip_high: no clip
     clip_high: NonNegativeFloat | None = 0.2
     clip_ratio_c: Annotated[float, Field(gt=1.0)] | None = 10.0  # dual clip; null: off

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from dynamo_jax.config import choices
@@ -13,6 +13,7 @@ from dynamo_jax.config.home import AT_HOME, PathText
 from dynamo_jax.config.kinds import STRICT, NonNegativeFloat, Probability
 from dynamo_jax.config.methods import AllocationConfig, ModulationConfig, ObjectiveConfig, OptimizerConfig
 
+ROW_TILE = 128
 _REWARDS = "|".join((*get_args(choices.VerifierKind), *get_args(choices.RewardKind)))
 
 
@@ -99,6 +100,11 @@ class ArchitectureConfig:
     tie_word_embeddings: bool = True
 
 
+def _remat_of(value: Any) -> Any:
+    """The words that true and false stand for: older recipes and runs have them."""
+    return ("full" if value else "none") if isinstance(value, bool) else value
+
+
 @dataclass(frozen=True, config=STRICT)
 class PolicyConfig:
     """Either `load`, a folder with `config.json` and safetensors, or random weights of `architecture`."""
@@ -107,7 +113,9 @@ class PolicyConfig:
     architecture: ArchitectureConfig | None = None
     param_dtype: choices.DType = "float32"  # bfloat16: the rounding of a float32 copy that the optimizer keeps
     compute_dtype: choices.DType = "float32"
-    remat: bool = False  # recompute each layer's activations in the backward pass
+    # What the backward pass computes again of each layer: nothing; all but attention; all but products and attention;
+    # all. The more, the less memory it takes. true: full, false: none.
+    remat: Annotated[choices.Remat, BeforeValidator(_remat_of)] = "none"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -157,11 +165,12 @@ class RolloutConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class TrainerConfig:
-    """`mini_batch` rollouts make one optimizer update; they are processed `micro_batch` at a time."""
+    """`mini_batch` rollouts make one optimizer update. They are packed into rows, processed `micro_batch` at a time."""
 
     steps: PositiveInt = 150
     mini_batch: PositiveInt | None = None  # null: all B, one update a step
-    micro_batch: PositiveInt | None = None  # null: the whole mini-batch
+    micro_batch: PositiveInt | None = None  # rows; null: as many as there are rollouts in the mini-batch
+    row_tokens: PositiveInt | None = None  # of a row; null: the longest prompt and completion, in whole tiles
     compilation_cache: bool = True  # keep compiled programs in the run's folder, for its next start
 
 
@@ -232,8 +241,14 @@ class Config:
 
     @property
     def micro_batch(self) -> int:
-        """Rollouts in one forward and backward pass."""
+        """Rows in one forward and backward pass."""
         return self.trainer.micro_batch or self.mini_batch
+
+    @property
+    def row_tokens(self) -> int:
+        """S, slots of a row: by default the longest rollout's, rounded up to the kernels' tiles if it is longer."""
+        longest = self.task.max_prompt_tokens + self.rollout.max_tokens
+        return self.trainer.row_tokens or (longest if longest <= ROW_TILE else -(-longest // ROW_TILE) * ROW_TILE)
 
     @property
     def rollout_batch(self) -> int:

@@ -2,7 +2,7 @@
 
 from dynamo_jax.objective.advantage import group_advantage, group_weight
 from dynamo_jax.objective.modulation import entropy_change, modulate
-from dynamo_jax.objective.policy_loss import Denominators, TokenTerms, denominators, policy_loss
+from dynamo_jax.objective.policy_loss import Denominators, TokenTerms, denominators, policy_loss, rollout_scale
 from dynamo_jax.objective.ratio import Clip, log_ratio
 from dynamo_jax.objective.selection import (
     clip_cov_tokens,
@@ -33,5 +33,6 @@ __all__ = [
     "modulate",
     "overlong_penalty",
     "policy_loss",
+    "rollout_scale",
     "token_priority",
 ]

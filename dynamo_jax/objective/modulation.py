@@ -12,6 +12,7 @@ from jax import lax
 
 from dynamo_jax.config.choices import Baseline, check_choice
 from dynamo_jax.objective.ratio import Clip, probability_ratio
+from dynamo_jax.objective.segments import Segments, segment_mean
 
 # The released code's; where all entropies, or all entropy changes, are equal up to rounding, the factors become 1.
 _EPSILON = 1e-8
@@ -28,6 +29,7 @@ def entropy_change(
     *,
     baseline: Baseline = "exact",
     log_ratio: jax.Array | None = None,
+    segments: Segments | None = None,
 ) -> jax.Array:
     """First-order change of a token's policy entropy under a policy-gradient step, Eq. 29 of arXiv 2602.19208:
 
@@ -35,7 +37,7 @@ def entropy_change(
 
     where 1_clip is 1 if (A > 0 and r <= 1 + clip.high) or (A < 0 and r >= 1 - clip.low), else 0. The expectation is
     over the vocabulary and comes as `lambda_mean`. With `baseline` "sequence_mean" it is what the released code has in
-    its place: the mean of pi_t Lam_t over the tokens of the row, which has little to do with it. With `clip.dual` the
+    its place: the mean of pi_t Lam_t over the rollout's tokens, which has little to do with it. With `clip.dual` the
     tokens of negative advantage that the dual clip leaves without gradient (r > clip.dual) count as 0 too: one of them
     would otherwise set the maximum that scales all others. (The released code has no such rule.)
 
@@ -48,6 +50,7 @@ def entropy_change(
         clip: that of `policy_loss`.
         baseline: a word of `Baseline`.
         log_ratio: float [M, C], log r, from `log_ratio`, if it is not the token's own logp - old_logp; nats.
+        segments: the rollout of each token; None: each row is one.
 
     Returns:
         float32 [M, C] (float64 for float64 inputs), nats, without gradient, 0 where mask is 0.
@@ -64,8 +67,7 @@ def entropy_change(
     has_gradient = (advantages != 0) & ~clip.stops(ratio, advantages) & ~clip.dual_stops(ratio, advantages)
     value = jnp.exp(logp) * (logp + entropy)
     if baseline == "sequence_mean":
-        tokens = jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True, dtype=jnp.int32), 1)
-        lambda_mean = jnp.sum(jnp.where(counts, value, 0.0), axis=-1, keepdims=True) / tokens
+        lambda_mean = segment_mean(value, mask, segments)
     change = -ratio * advantages * (value - lambda_mean)
     return jnp.where(has_gradient & counts, change, 0.0)
 

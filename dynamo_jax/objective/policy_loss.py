@@ -10,6 +10,7 @@ from jax import lax
 
 from dynamo_jax.config.choices import Aggregation, Ratio, check_choice
 from dynamo_jax.objective.ratio import Clip, clamp, log_ratio, masked_difference
+from dynamo_jax.objective.segments import Segments
 
 
 class Denominators(NamedTuple):
@@ -50,6 +51,28 @@ def denominators(mask: jax.Array, aggregation: Aggregation) -> Denominators:
     if aggregation == "seq-mean-token-sum-norm":
         return Denominators(rows * max(mask.shape[1], 1), tokens)
     return Denominators(rows, tokens)
+
+
+def rollout_scale(length_M: jax.Array, max_tokens: int, aggregation: Aggregation) -> jax.Array:
+    """float32 [M]: what the loss of each token is multiplied by, so that the plain sum over tokens is `aggregate`.
+
+    Args:
+        length_M: int, tokens of each rollout of the mini-batch; those of 0 tokens are none.
+        max_tokens: C.
+        aggregation: a word of `Aggregation`.
+
+    Raises ValueError for another aggregation.
+    """
+    check_choice("aggregation", aggregation, Aggregation)
+    tokens = jnp.maximum(jnp.sum(length_M), 1).astype(jnp.float32)
+    rollouts = jnp.maximum(jnp.sum(length_M > 0), 1).astype(jnp.float32)
+    each: dict[Aggregation, jax.Array] = {
+        "token-mean": 1.0 / tokens,
+        "seq-mean-token-sum": 1.0 / rollouts,
+        "seq-mean-token-mean": 1.0 / (rollouts * jnp.maximum(length_M, 1)),
+        "seq-mean-token-sum-norm": 1.0 / (rollouts * max(max_tokens, 1)),
+    }
+    return jnp.broadcast_to(each[aggregation], length_M.shape)
 
 
 _denominators_of = denominators  # for the functions below, whose argument has that name
@@ -93,6 +116,7 @@ def policy_loss(
     denominators: Denominators | None = None,
     ratio: Ratio = "token",
     terms: TokenTerms = TokenTerms(),  # noqa: B008 - a constant
+    segments: Segments | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """PPO's clipped loss (arXiv 1707.06347) with the dual clip (arXiv 1912.09729). With r the probability ratio:
 
@@ -113,9 +137,10 @@ def policy_loss(
         clip: the range of the ratio, and the dual clip.
         aggregation: a word of `Aggregation`.
         denominators: `denominators` of the whole mini-batch; None: these rows are all there is.
-        ratio: r of each token, or of each row (GSPO): see `log_ratio`.
+        ratio: r of each token, or of each rollout (GSPO): see `log_ratio`.
         terms: keep, of `fork_tokens` and `clip_cov_tokens`; kl_coef, of KL-Cov (arXiv 2505.22617), whose distance has
             no gradient at exactly 0; bonus, a coefficient times H_t, whose gradient flows; weight, of `group_weight`.
+        segments: the rollout of each token, for `ratio`; None: each row is one.
 
     Returns:
         (loss, metrics), float32 scalars (float64 for float64 inputs). An empty mask gives 0. Metrics, means over
@@ -132,7 +157,7 @@ def policy_loss(
     counts = mask > 0
     difference = masked_difference(logp, old_logp, mask)
     advantages = jnp.where(counts, lax.stop_gradient(advantages), 0.0)
-    r = jnp.exp(log_ratio(logp, old_logp, mask, ratio))
+    r = jnp.exp(log_ratio(logp, old_logp, mask, ratio, segments=segments))
 
     free, clipped = -advantages * r, -advantages * clip.of(r)
     values = jnp.maximum(free, clipped)

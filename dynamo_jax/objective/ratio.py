@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynamo_jax.config.choices import Ratio, check_choice
+from dynamo_jax.objective.segments import Segments, segment_mean
 
 _MAX_LOG_RATIO = 20.0  # nats; the released code's clamp, beyond which a token has no gradient
 
@@ -56,19 +57,22 @@ def probability_ratio(logp: jax.Array, old_logp: jax.Array) -> jax.Array:
     return jnp.exp(clamp(_difference(logp, old_logp)))
 
 
-def log_ratio(logp: jax.Array, old_logp: jax.Array, mask: jax.Array, ratio: Ratio) -> jax.Array:
+def log_ratio(
+    logp: jax.Array, old_logp: jax.Array, mask: jax.Array, ratio: Ratio, *, segments: Segments | None = None
+) -> jax.Array:
     """The logarithm of the ratio that `policy_loss` clips, clamped to [-20, 20] nats:
 
         token     logp_t - old_logp_t
-        sequence  the mean of those over the tokens of the row, log s_i of GSPO (arXiv 2507.18071)
+        sequence  the mean of those over the tokens of the rollout, log s_i of GSPO (arXiv 2507.18071)
 
-    GSPO's gradient is that of its token-wise form: each token has the value of the row and the gradient of its own
-    logp_t. (Summed over a row of equal advantages, and divided by its length, that is the gradient of s_i.)
+    GSPO's gradient is that of its token-wise form: each token has the value of the rollout and the gradient of its own
+    logp_t. (Summed over a rollout of equal advantages, and divided by its length, that is the gradient of s_i.)
 
     Args:
         logp, old_logp: float [M, C], log-probabilities of the taken tokens now and when sampled, nats.
         mask: [M, C], 1 for tokens that count.
         ratio: a word of `Ratio`.
+        segments: the rollout of each token; None: each row is one.
 
     Returns:
         float32 [M, C] (float64 for float64 inputs), nats, 0 where mask is 0. The gradient flows through logp.
@@ -80,8 +84,7 @@ def log_ratio(logp: jax.Array, old_logp: jax.Array, mask: jax.Array, ratio: Rati
     if ratio == "token":
         return clamp(difference)
     counts = mask > 0
-    tokens = jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True, dtype=jnp.int32), 1)
-    mean = lax.stop_gradient(jnp.sum(difference, axis=-1, keepdims=True) / tokens)
+    mean = lax.stop_gradient(segment_mean(lax.stop_gradient(difference), mask, segments))
     own_gradient = difference - lax.stop_gradient(difference)  # of value 0
     return jnp.where(counts, clamp(mean + own_gradient), 0.0)
 

@@ -34,10 +34,20 @@ def token_priority(key: jax.Array, rollout_M: jax.Array, num_tokens: int) -> jax
         uint32 [M, C].
     """
 
-    def bits(rollout: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, rollout), position), dtype=jnp.uint32)
+    rollout_M = jnp.asarray(rollout_M)
+    index_MC = jnp.broadcast_to(jnp.arange(num_tokens), (*rollout_M.shape, num_tokens))
+    return priority_of(key, jnp.broadcast_to(rollout_M[:, None], index_MC.shape), index_MC)
 
-    return jax.vmap(jax.vmap(bits, (None, 0)), (0, None))(jnp.asarray(rollout_M), jnp.arange(num_tokens))
+
+def priority_of(key: jax.Array, rollout: jax.Array, index: jax.Array) -> jax.Array:
+    """`token_priority` of tokens in any order: their rollouts and places in them, integer arrays of one shape."""
+
+    def bits(rollout: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, rollout), index), dtype=jnp.uint32)
+
+    for _ in range(rollout.ndim):
+        bits = jax.vmap(bits)
+    return bits(rollout, index)
 
 
 def largest(values_MC: jax.Array, mask_MC: jax.Array, count: jax.Array | int, priority_MC: jax.Array) -> jax.Array:
@@ -55,8 +65,8 @@ def largest(values_MC: jax.Array, mask_MC: jax.Array, count: jax.Array | int, pr
     Returns:
         bool [M, C], True for exactly min(count, number in the mask) tokens.
     """
-    (M, C), tied_MC = values_MC.shape, jnp.asarray(mask_MC) > 0
-    position_MC = jnp.arange(M, dtype=jnp.uint32)[:, None] * C + jnp.arange(C, dtype=jnp.uint32)
+    tied_MC = jnp.asarray(mask_MC) > 0
+    position_MC = jnp.arange(values_MC.size, dtype=jnp.uint32).reshape(values_MC.shape)
     chosen_MC, left = jnp.zeros_like(tied_MC), jnp.maximum(jnp.asarray(count, jnp.int32), 0)
     for rank_MC in (~_rank(values_MC), jnp.asarray(priority_MC, jnp.uint32), position_MC):
         threshold = _smallest(rank_MC, tied_MC, left)

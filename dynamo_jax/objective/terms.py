@@ -1,6 +1,7 @@
 """From a run's settings to what each token of a mini-batch brings to the loss: its advantage, and which tokens count.
 
 Means, maxima, thresholds and counts are over the whole mini-batch: this runs once an update, before the micro-batches.
+Arrays are [I, G, S], those of packed rows.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dynamo_jax.batch import TokenStats, TrainBatch, micro_batches, whole
+from dynamo_jax.batch import Tokens, TokenStats
 from dynamo_jax.config import Config, ObjectiveConfig
 from dynamo_jax.objective.modulation import entropy_change, modulate
 from dynamo_jax.objective.policy_loss import TokenTerms
 from dynamo_jax.objective.ratio import Clip, log_ratio
-from dynamo_jax.objective.selection import clip_cov_tokens, fork_tokens, kl_cov_tokens, token_priority
+from dynamo_jax.objective.segments import Segments
+from dynamo_jax.objective.selection import clip_cov_tokens, fork_tokens, kl_cov_tokens, priority_of
 from dynamo_jax.objective.shaping import entropy_advantage
 
 Metrics = dict[str, jax.Array]
@@ -23,100 +25,118 @@ def clip_of(config: ObjectiveConfig) -> Clip:
     return Clip(config.clip_low, config.clip_high, config.clip_ratio_c)
 
 
+def reads_now(config: Config) -> bool:
+    """Whether `token_terms` reads the statistics under the policy that is updated."""
+    o = config.objective
+    return bool(
+        config.modulation.enabled
+        or o.entropy_advantage.enabled
+        or o.fork_fraction is not None
+        or o.clip_cov.enabled
+        or o.kl_cov.enabled
+    )
+
+
 def token_terms(
-    batch: TrainBatch, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
+    tokens: Tokens, old_logp_IGS: jax.Array, now: TokenStats, rollouts: int, config: Config
 ) -> tuple[jax.Array, TokenTerms, Metrics]:
-    """The advantage of each token [M, C], what else `policy_loss` makes of it, and the metrics of the method.
+    """The advantage of each token, what else `policy_loss` makes of it, and the metrics of the method.
 
     Nothing here carries a gradient; the bonus, which does, is left to the update.
 
     Args:
-        batch: the mini-batch, of which advantages, weights and random numbers are read.
-        old: statistics under the policy that sampled; `now`: under the policy that is updated.
-        mask_MC: 1 for tokens that count.
+        tokens: of the mini-batch.
+        old_logp_IGS: nats, under the policy that sampled.
+        now: statistics under the policy that is updated; anything unless `reads_now`.
+        rollouts: M.
     """
     o = config.objective
-    advantage_MC, metrics = token_advantages(batch.advantage_M, old, now, mask_MC, config)
-    keep_MC = kl_MC = None
-    tokens = jnp.maximum(jnp.sum(mask_MC), 1)
+    advantage_IGS, metrics = token_advantages(tokens, old_logp_IGS, now, rollouts, config)
+    mask_IGS = tokens.mask
+    keep_IGS = kl_IGS = None
+    count = jnp.maximum(jnp.sum(mask_IGS), 1)
     if o.fork_fraction is not None:
-        keep_MC, threshold = fork_tokens(now.entropy, mask_MC, o.fork_fraction)
+        keep_IGS, threshold = fork_tokens(now.entropy, mask_IGS, o.fork_fraction)
         metrics |= {
-            "objective/fork_fraction": jnp.sum(keep_MC * mask_MC) / tokens,
+            "objective/fork_fraction": jnp.sum(keep_IGS * mask_IGS) / count,
             "objective/fork_threshold": threshold,
         }
     if o.clip_cov.enabled or o.kl_cov.enabled:
-        priority_MC = token_priority(jax.random.key(0), batch.random_M, mask_MC.shape[1])
+        priority_IGS = priority_of(jax.random.key(0), tokens.random, tokens.step)
     if o.clip_cov.enabled:
         # The ratio that the clip sees, as a difference to logp.
-        seen_MC = now.logp - log_ratio(now.logp, old.logp, mask_MC, o.ratio)
-        detached_MC = clip_cov_tokens(
+        segments = Segments(tokens.rollout, rollouts)
+        seen_IGS = now.logp - log_ratio(now.logp, old_logp_IGS, mask_IGS, o.ratio, segments=segments)
+        detached_IGS = clip_cov_tokens(
             now.logp,
-            seen_MC,
-            advantage_MC,
-            mask_MC,
-            priority_MC,
+            seen_IGS,
+            advantage_IGS,
+            mask_IGS,
+            priority_IGS,
             clip_of(o),
             fraction=o.clip_cov.fraction,
             low=o.clip_cov.low,
             high=o.clip_cov.high,
         )
-        keep_MC = ~detached_MC if keep_MC is None else keep_MC & ~detached_MC
-        metrics["objective/clip_cov_fraction"] = jnp.sum(detached_MC) / tokens
+        keep_IGS = ~detached_IGS if keep_IGS is None else keep_IGS & ~detached_IGS
+        metrics["objective/clip_cov_fraction"] = jnp.sum(detached_IGS) / count
     if o.kl_cov.enabled:
-        penalised_MC = kl_cov_tokens(now.logp, advantage_MC, mask_MC, priority_MC, fraction=o.kl_cov.fraction)
-        kl_MC = o.kl_cov.coefficient * penalised_MC
-        metrics["objective/kl_cov_fraction"] = jnp.sum(penalised_MC) / tokens
-    return advantage_MC, TokenTerms(keep=keep_MC, kl_coef=kl_MC, weight=batch.weight_M[:, None]), metrics
+        penalised_IGS = kl_cov_tokens(now.logp, advantage_IGS, mask_IGS, priority_IGS, fraction=o.kl_cov.fraction)
+        kl_IGS = o.kl_cov.coefficient * penalised_IGS
+        metrics["objective/kl_cov_fraction"] = jnp.sum(penalised_IGS) / count
+    return advantage_IGS, TokenTerms(keep=keep_IGS, kl_coef=kl_IGS, weight=tokens.weight), metrics
 
 
 def token_advantages(
-    advantage_M: jax.Array, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
+    tokens: Tokens, old_logp_IGS: jax.Array, now: TokenStats, rollouts: int, config: Config
 ) -> tuple[jax.Array, Metrics]:
-    """The advantage of each token [M, C]: its rollout's, grown by its entropy, times DynaMO's two factors."""
+    """The advantage of each token: its rollout's, grown by its entropy, times DynaMO's two factors."""
     e, m = config.objective.entropy_advantage, config.modulation
-    advantage_MC, metrics = advantage_M[:, None] * mask_MC, {}
-    tokens = jnp.maximum(jnp.sum(mask_MC), 1)
+    mask_IGS, metrics = tokens.mask, {}
+    advantage_IGS = tokens.advantage * mask_IGS
+    count = jnp.maximum(jnp.sum(mask_IGS), 1)
     if e.enabled:
-        grown_MC = entropy_advantage(advantage_MC, now.entropy, mask_MC, e.alpha, e.kappa)
-        metrics["objective/entropy_advantage"] = jnp.sum((grown_MC - advantage_MC) * mask_MC) / tokens
-        advantage_MC = grown_MC
+        grown_IGS = entropy_advantage(advantage_IGS, now.entropy, mask_IGS, e.alpha, e.kappa)
+        metrics["objective/entropy_advantage"] = jnp.sum((grown_IGS - advantage_IGS) * mask_IGS) / count
+        advantage_IGS = grown_IGS
     if not m.enabled:
-        return advantage_MC, metrics
+        return advantage_IGS, metrics
     if m.scope == "minibatch":
-        advantage_MC, comp_MC, stab_MC = _modulated(advantage_MC, old, now, mask_MC, config)
-    else:
-        packed = micro_batches((advantage_MC, old, now, mask_MC), config.micro_batch)
-        modulated = jax.lax.map(lambda x: _modulated(x[0], x[1], x[2], x[3], config), packed)
-        advantage_MC, comp_MC, stab_MC = whole(modulated)
-    return advantage_MC, metrics | {  # the factors are exactly 1 on padding, so maxima and minima need no mask
-        "modulation/comp_mean": jnp.sum(comp_MC * mask_MC) / tokens,
-        "modulation/comp_max": jnp.max(comp_MC),
-        "modulation/stab_mean": jnp.sum(stab_MC * mask_MC) / tokens,
-        "modulation/stab_min": jnp.min(stab_MC),
+        advantage_IGS, comp_IGS, stab_IGS = _modulated(advantage_IGS, old_logp_IGS, now, tokens, rollouts, config)
+    else:  # the first axis is that of the micro-batches
+        each = (advantage_IGS, old_logp_IGS, now, tokens)
+        modulated = jax.lax.map(lambda x: _modulated(x[0], x[1], x[2], x[3], rollouts, config), each)
+        advantage_IGS, comp_IGS, stab_IGS = modulated
+    return advantage_IGS, metrics | {  # the factors are exactly 1 on padding, so maxima and minima need no mask
+        "modulation/comp_mean": jnp.sum(comp_IGS * mask_IGS) / count,
+        "modulation/comp_max": jnp.max(comp_IGS),
+        "modulation/stab_mean": jnp.sum(stab_IGS * mask_IGS) / count,
+        "modulation/stab_min": jnp.min(stab_IGS),
     }
 
 
 def _modulated(
-    advantage_MC: jax.Array, old: TokenStats, now: TokenStats, mask_MC: jax.Array, config: Config
+    advantage_IGS: jax.Array, old_logp_IGS: jax.Array, now: TokenStats, tokens: Tokens, rollouts: int, config: Config
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     o, m = config.objective, config.modulation
-    change_MC = entropy_change(
+    mask_IGS, segments = tokens.mask, Segments(tokens.rollout, rollouts)
+    change_IGS = entropy_change(
         now.logp,
-        old.logp,
+        old_logp_IGS,
         now.entropy,
         now.lambda_mean,
-        advantage_MC,
-        mask_MC,
+        advantage_IGS,
+        mask_IGS,
         clip_of(o),
         baseline=m.entropy_change,
-        log_ratio=log_ratio(now.logp, old.logp, mask_MC, o.ratio),
+        log_ratio=log_ratio(now.logp, old_logp_IGS, mask_IGS, o.ratio, segments=segments),
+        segments=segments,
     )
     return modulate(
-        advantage_MC,
+        advantage_IGS,
         now.entropy,
-        change_MC,
-        mask_MC,
+        change_IGS,
+        mask_IGS,
         alpha=m.alpha,
         lambda_min=m.lambda_min,
         gamma=m.gamma,

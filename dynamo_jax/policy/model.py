@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 
 from dynamo_jax.config import ArchitectureConfig
-from dynamo_jax.kernels.attention import attention
+from dynamo_jax.config.choices import Remat
+from dynamo_jax.kernels.attention import attention, segment_attention
+from dynamo_jax.kernels.attention_tpu import RESIDUALS
 from dynamo_jax.policy.params import PARAMS, axis_sizes, param_name, params_of
+from dynamo_jax.policy.products import Product, copies, gathered, lookup, product
 from dynamo_jax.sharding import sharding
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+# What the backward pass keeps of a layer beside its input: nothing, what attention gave, or all products too.
+KEPT: dict[Remat, tuple[str, ...]] = {"full": (), "attention": (RESIDUALS,), "dots": (RESIDUALS, "product")}
 
 
 class KVCache(NamedTuple):
@@ -30,6 +38,13 @@ class KVCache(NamedTuple):
     v_ZBSKH: jax.Array
 
 
+class Tables(NamedTuple):
+    """What has a row for each token of the vocabulary, [X, V, D]: see `products.copies`."""
+
+    embedding: jax.Array
+    head: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything static about a decoder. `shape` has its head_dim and vocab_size filled in."""
@@ -37,7 +52,7 @@ class DecoderConfig:
     shape: ArchitectureConfig
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: Remat = "none"
     mesh: Mesh | None = None
 
 
@@ -49,27 +64,38 @@ class Blocks(nnx.Module):
         for name, param in params.items():
             setattr(self, name, param)
 
-    def __call__(self, x_BQD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
-        """One pre-norm layer. `attend` maps (q, k, v) to (output, what the caller keeps of k and v)."""
+    def __call__(
+        self, x_BQD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, gather: bool = True
+    ) -> tuple[jax.Array, Any]:
+        """One pre-norm layer. `attend` maps (q, k, v) to (output, what the caller keeps of k and v).
+
+        `gather`: multiply with whole weights, which is for many tokens; without, the compiler decides.
+        """
+        dot = partial(self._dot, gather=gather)
         shape = self.config.shape
         y_BQD = _rms_norm(x_BQD, self.attention_norm[...], shape.rms_norm_eps)
-        q_BQAH = self._dot("bqd,dah->bqah", y_BQD, self.q)
-        k_BQKH = self._dot("bqd,dkh->bqkh", y_BQD, self.k)
-        v_BQKH = self._dot("bqd,dkh->bqkh", y_BQD, self.v)
+        q_BQAH = dot("bqd,dah->bqah", y_BQD, "q")
+        k_BQKH = dot("bqd,dkh->bqkh", y_BQD, "k")
+        v_BQKH = dot("bqd,dkh->bqkh", y_BQD, "v")
         if shape.qkv_bias:
             q_BQAH += self.q_bias[...].astype(q_BQAH.dtype)
             k_BQKH += self.k_bias[...].astype(k_BQKH.dtype)
             v_BQKH += self.v_bias[...].astype(v_BQKH.dtype)
         out_BQAH, kept = attend(_rotate(q_BQAH, *rope), _rotate(k_BQKH, *rope), v_BQKH)
         # einsum sums in the order of its letters: H comes before a, so that the last bits stay what they were.
-        x_BQD = x_BQD + self._dot("bqaH,aHd->bqd", out_BQAH, self.o)
+        x_BQD = x_BQD + dot("bqaH,aHd->bqd", out_BQAH, "o")
         y_BQD = _rms_norm(x_BQD, self.mlp_norm[...], shape.rms_norm_eps)
-        gate_BQF = jax.nn.silu(self._dot("bqd,df->bqf", y_BQD, self.gate))
-        up_BQF = self._dot("bqd,df->bqf", y_BQD, self.up)
-        return x_BQD + self._dot("bqf,fd->bqd", gate_BQF * up_BQF, self.down), kept
+        gate_BQF = jax.nn.silu(dot("bqd,df->bqf", y_BQD, "gate"))
+        up_BQF = dot("bqd,df->bqf", y_BQD, "up")
+        return x_BQD + dot("bqf,fd->bqd", gate_BQF * up_BQF, "down"), kept
 
-    def _dot(self, equation: str, x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
-        return jnp.einsum(equation, x, weight[...].astype(x.dtype), precision=_precision(self.config.compute_dtype))
+    def _dot(self, equation: str, x: jax.Array, name: str, gather: bool) -> jax.Array:
+        weight: jax.Array = getattr(self, name)[...]
+        precision = _precision(self.config.compute_dtype)
+        if not gather:
+            return jnp.einsum(equation, x, weight.astype(x.dtype), precision=precision)
+        plan = Product(equation, PARAMS[name].logical_axes[1:], precision, self.config.mesh)
+        return checkpoint_name(product(plan, x, weight), "product")
 
 
 class Decoder(nnx.Module):
@@ -94,17 +120,53 @@ class Decoder(nnx.Module):
         precision = _precision(self.config.compute_dtype)
         return jnp.einsum("bd,vd->bv", hidden_BD, head, precision=precision, preferred_element_type=jnp.float32)
 
+    def tables(self) -> Tables:
+        """The embedding and the head as training reads them: in the compute dtype, a copy for each shard of rows."""
+        embedding = copies(self.embedding[...].astype(self.config.compute_dtype), self.config.mesh)
+        if self.config.shape.tie_word_embeddings:
+            return Tables(embedding, embedding)
+        return Tables(embedding, copies(self.lm_head[...].astype(self.config.compute_dtype), self.config.mesh))
+
     def __call__(self, tokens_BS: jax.Array, valid_BS: jax.Array) -> jax.Array:
-        """Hidden states [B, S, D] of whole sequences, for training and scoring.
+        """Hidden states [B, S, D] of whole sequences, one a row.
 
         tokens_BS: int32. valid_BS: bool, real tokens: one run in each row, padding left and right of it. The hidden
         state in slot s predicts the token in slot s + 1; those of padding slots mean nothing.
         """
-        return self._whole(tokens_BS, valid_BS, keep=False)[0]
+        # A token's position is its rank among the real tokens of its row, wherever the padding is.
+        position_BS = jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0)
+        x_BSD = self.embedded(tokens_BS, self.tables().embedding)
+        return self.packed(x_BSD, valid_BS.astype(jnp.int32), position_BS)
+
+    def packed(self, x_GSD: jax.Array, segment_GS: jax.Array, position_GS: jax.Array) -> jax.Array:
+        """Hidden states [G, S, D] of rows that hold several sequences each, for training and scoring.
+
+        Args:
+            x_GSD: the tokens' embeddings, of `embedded`.
+            segment_GS: int32, the sequence of each token: those of a row that have one number, in order.
+            position_GS: int32, the token's place in its sequence, from 0.
+        """
+        rope = self._rope(position_GS)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            out = segment_attention(q, k, v, segment_GS, mesh=self.config.mesh)
+            return checkpoint_name(out, RESIDUALS), None
+
+        return self._whole(x_GSD, rope, attend)[0]
+
+    def embedded(self, tokens_GS: jax.Array, embedding_XVD: jax.Array) -> jax.Array:
+        """[G, S, D] of int32 tokens, by the embedding of `tables`."""
+        return self._constrain(lookup(embedding_XVD, tokens_GS, self.config.mesh))
 
     def prefill(self, tokens_BS: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, KVCache]:
         """As `__call__`, and the keys and values of all S slots."""
-        hidden, kept = self._whole(tokens_BS, valid_BS, keep=True)
+        slot_S = jnp.arange(tokens_BS.shape[1])
+        rope = self._rope(jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0))
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            return attention(q, k, v, slot_S, valid_BS), (k, v)
+
+        hidden, kept = self._whole(self._embed(tokens_BS), rope, attend)
         return hidden, KVCache(*kept)
 
     def decode(
@@ -128,38 +190,31 @@ class Decoder(nnx.Module):
         def body(carry: tuple[jax.Array, KVCache], layer: Any) -> tuple[tuple[jax.Array, KVCache], None]:
             x, cache = carry
             index, weights = layer
-            x, cache = nnx.merge(graph, weights)(x, rope, attend(index, cache))
+            x, cache = nnx.merge(graph, weights)(x, rope, attend(index, cache), gather=False)
             return (self._constrain(x), cache), None
 
         indices = jnp.arange(self.config.shape.num_layers)
         (x_B1D, cache), _ = jax.lax.scan(body, (self._embed(token_B[:, None]), cache), (indices, layers))
         return self._final(x_B1D)[:, 0], cache
 
-    def _whole(self, tokens_BS: jax.Array, valid_BS: jax.Array, keep: bool) -> tuple[jax.Array, Any]:
-        slot_S = jnp.arange(tokens_BS.shape[1])
-        # A token's position is its rank among the real tokens of its row, wherever the padding is.
-        rope = self._rope(jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0))
-
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            return attention(q, k, v, slot_S, valid_BS), (k, v) if keep else None
-
+    def _whole(self, x_BSD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         graph, layers = nnx.split(self.blocks)
 
         def body(x: jax.Array, weights: Any) -> tuple[jax.Array, Any]:
             x, kept = nnx.merge(graph, weights)(x, rope, attend)
             return self._constrain(x), kept
 
-        if self.config.remat:
-            body = jax.checkpoint(body)
-        x_BSD, kept = jax.lax.scan(body, self._embed(tokens_BS), layers)
+        if self.config.remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.config.remat])
+            # Inside a scan nothing is shared between the two passes anyway.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        x_BSD, kept = jax.lax.scan(body, x_BSD, layers)
         return self._final(x_BSD), kept
 
     def _embed(self, tokens_BQ: jax.Array) -> jax.Array:
+        # Gathered over fsdp first: a row look-up in a table split by columns copies more.
         table = self.embedding[...].astype(self.config.compute_dtype)
-        if self.config.mesh is not None:
-            # Gathered over fsdp first: a row look-up in a table split by columns copies more.
-            table = jax.lax.with_sharding_constraint(table, sharding(self.config.mesh, "vocab"))
-        return self._constrain(table[tokens_BQ])
+        return self._constrain(gathered(table, PARAMS["embedding"].logical_axes, self.config.mesh)[tokens_BQ])
 
     def _final(self, x_BQD: jax.Array) -> jax.Array:
         return _rms_norm(x_BQD, self.final_norm[...], self.config.shape.rms_norm_eps)
@@ -189,9 +244,15 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _rotate(x_BQAH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864) in the half-split layout of the Hugging Face models."""
-    a, b = jnp.split(x_BQAH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BQAH.dtype)
+    """Rotary position embedding (arXiv 2104.09864) in the half-split layout of the Hugging Face models, in float32."""
+    if x_BQAH.dtype != jnp.bfloat16:
+        a, b = jnp.split(x_BQAH, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    # A product with a permutation is exact, and costs a TPU less than moving halves of its 128 lanes.
+    halves = jnp.roll(jnp.eye(x_BQAH.shape[-1], dtype=x_BQAH.dtype), x_BQAH.shape[-1] // 2, axis=1)
+    swapped = jnp.einsum("bqah,hi->bqai", x_BQAH, halves, preferred_element_type=jnp.float32)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (x_BQAH.astype(jnp.float32) * cos + swapped * sin).astype(x_BQAH.dtype)
 
 
 def _write(cache_ZBSKH: jax.Array, x_B1KH: jax.Array, layer: jax.Array, slot: jax.Array) -> jax.Array:

@@ -1,14 +1,8 @@
-"""The policy update: the training state, the optimizer, and the jitted programs `score` and `update`."""
+"""The policy update: packing into rows, the training state, the optimizer, and the jitted programs."""
 
 from dynamo_jax.update.optimizer import learning_rate_schedule, make_optimizer
-from dynamo_jax.update.programs import (
-    Programs,
-    completion_mask,
-    completion_stats,
-    logp_drift,
-    score_rollouts,
-    update_policy,
-)
+from dynamo_jax.update.packing import MiniBatch, pack
+from dynamo_jax.update.programs import Programs
 from dynamo_jax.update.state import (
     MasterState,
     State,
@@ -20,17 +14,14 @@ from dynamo_jax.update.state import (
 
 __all__ = [
     "MasterState",
+    "MiniBatch",
     "Programs",
     "State",
     "TrainState",
     "apply_gradients",
-    "completion_mask",
-    "completion_stats",
     "init_state",
     "learning_rate_schedule",
-    "logp_drift",
     "make_optimizer",
-    "score_rollouts",
-    "update_policy",
+    "pack",
     "with_masters",
 ]

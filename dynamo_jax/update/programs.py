@@ -1,181 +1,130 @@
-"""The two jitted programs of the policy update: `score` and `update`.
+"""The jitted programs of the policy update. Each works on one micro-batch of packed rows, or on what all of them left.
 
-Both work on one mini-batch of M rollouts, a micro-batch at a time. Whatever is a mean, a maximum or a count is taken
-over the whole mini-batch, so the micro-batch size and the mesh change the time and nothing else.
+    score           log-probs and entropies of a micro-batch's tokens
+    terms           what each token of the mini-batch brings to the loss: advantages, extremes, thresholds
+    update          the gradient of a micro-batch, added to those before
+    update (apply)  the optimizer's step, once all have been added
+
+Whatever is a mean, a maximum or a count is taken over the whole mini-batch, so packing, micro-batch size and mesh
+change the time and nothing else. Where a mini-batch is one micro-batch the last three are one program, `update`, which
+takes the statistics from its own forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dynamo_jax.batch import TokenStats, TrainBatch, micro_batches, whole
+from dynamo_jax.batch import PackedRows, TokenStats, TrainBatch
 from dynamo_jax.config import Config
-from dynamo_jax.kernels import token_stats
-from dynamo_jax.objective import denominators, policy_loss
-from dynamo_jax.objective.terms import Metrics, clip_of, token_terms
+from dynamo_jax.objective.terms import Metrics, reads_now
 from dynamo_jax.policy.model import Decoder
 from dynamo_jax.run.contents import Form
-from dynamo_jax.sharding import sharding
-from dynamo_jax.update.optimizer import learning_rate_schedule, make_optimizer
+from dynamo_jax.sharding import sharding, to_mesh
+from dynamo_jax.update.gradient import (
+    Accumulated,
+    grad_shardings,
+)
+from dynamo_jax.update.optimizer import make_optimizer
+from dynamo_jax.update.packing import MiniBatch, Shape
 from dynamo_jax.update.state import (
     MasterState,
     State,
     TrainState,
     abstract_state,
-    apply_gradients,
     init_state,
     with_masters,
 )
+from dynamo_jax.update.steps import PolicyUpdate
 
 
-def completion_mask(length_M: jax.Array, max_tokens: int) -> jax.Array:
-    """float32 [M, C]: 1 on the sampled tokens, the end-of-sequence token included."""
-    return (jnp.arange(max_tokens) < length_M[:, None]).astype(jnp.float32)
-
-
-def completion_stats(model: Decoder, batch: TrainBatch, temperature: float) -> TokenStats:
-    """Log-prob, entropy and E[pi Lambda] of every completion token, each [M, C] float32; 0 on padding.
-
-    Prompts are left-padded, so every completion starts in slot L and slot L - 1 predicts its first token.
-    """
-    (M, C), L = batch.tokens_MC.shape, batch.prompt_tokens_ML.shape[1]
-    slot_S = jnp.arange(L + C)
-    valid_MS = (slot_S >= L - batch.prompt_length_M[:, None]) & (slot_S < L + batch.length_M[:, None])
-    tokens_MS = jnp.concatenate([batch.prompt_tokens_ML, batch.tokens_MC], axis=1)
-    hidden_MSD = model(tokens_MS, valid_MS)
-    hidden_TD = hidden_MSD[:, L - 1 : L + C - 1].reshape(M * C, -1)
-    stats = token_stats(
-        hidden_TD,
-        model.head().astype(hidden_TD.dtype),
-        batch.tokens_MC.reshape(-1),
-        temperature,
-        mask=completion_mask(batch.length_M, C).reshape(-1),
-        mesh=model.config.mesh,
-    )
-    return jax.tree.map(lambda x: x.reshape(M, C), stats)
-
-
-def logp_drift(batch: TrainBatch, logp_MC: jax.Array) -> jax.Array:
-    """The largest difference (nats) between what the sampler and what `score` say of a sampled token's log-prob.
-
-    NaN if one of them is NaN for any sampled token.
-    """
-    mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
-    gap_MC = jnp.where(mask_MC > 0, jnp.abs(batch.sampled_logp_MC - logp_MC), 0.0)
-    # A maximum over devices drops NaN, on CPUs as in NCCL.
-    return jnp.where(jnp.any(jnp.isnan(gap_MC)), jnp.nan, jnp.max(gap_MC))
+def shape_of(config: Config) -> Shape:
+    """Of a mini-batch's arrays."""
+    return Shape(config.mini_batch // config.micro_batch, config.micro_batch, config.row_tokens)
 
 
 class Programs:
-    """`score` and `update`, compiled once each; `traces` counts how often they were traced."""
+    """Every program compiled once; `traces` counts how often each was traced."""
 
     def __init__(self, graph: nnx.GraphDef[Decoder], abstract_params: Any, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh, self.shape = config, mesh, shape_of(config)
         self.optimizer = make_optimizer(config.optimizer)
         self.abstract_state = abstract_state(abstract_params, self.optimizer, mesh)
         self.forms = [Form(self.abstract_state)]
         if isinstance(self.abstract_state, MasterState):  # older versions had no masters
             self.forms.append(Form(TrainState(*self.abstract_state[:4]), with_masters))
-        self.traces = {"score": 0, "update": 0}
-        rows = sharding(mesh, "batch")
-
-        def score(params: Any, batch: TrainBatch) -> tuple[TokenStats, jax.Array]:
-            self.traces["score"] += 1  # runs once a trace, not once a call
-            stats = score_rollouts(nnx.merge(graph, params), batch, config)
-            return stats, logp_drift(batch, stats.logp)
-
-        def update(state: State, batch: TrainBatch, old: TokenStats, now: TokenStats) -> tuple[State, Metrics]:
-            self.traces["update"] += 1
-            return update_policy(graph, state, batch, old, now, self.optimizer, config)
-
+        self.alone = self.shape.micro_batches == 1
+        # With one update a step what the policy says of its own rollouts is what the update's forward pass says.
+        one_update = config.mini_batch == config.rollout.budget
+        self.scores_first = config.objective.old_logp == "score" and not (self.alone and one_update)
+        self.traces: dict[str, int] = {}
+        rows, everywhere = sharding(mesh, None, "batch"), sharding(mesh)
         # Shardings are pinned: if the compiler chose them, a step's output would not match the next step's input.
         in_state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        self.init: Callable[[Any], State] = jax.jit(
-            lambda params: init_state(params, self.optimizer), out_shardings=in_state
-        )
-        self.score: Callable[[Any, TrainBatch], tuple[TokenStats, jax.Array]] = jax.jit(
-            score, out_shardings=(rows, sharding(mesh))
-        )
-        self.update: Callable[..., tuple[State, Metrics]] = jax.jit(
-            update, donate_argnums=0, out_shardings=(in_state, sharding(mesh))
-        )
+        of_metrics: Any = everywhere
+        in_sum = Accumulated(grad_shardings(abstract_params, mesh), of_metrics, of_metrics)
+        self.terms_shardings = (rows, everywhere, in_sum)
+        step = PolicyUpdate(graph, config, mesh, self.optimizer)
+        compiled = partial(_counted, self.traces)
+        self.init = jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=in_state)
+        self.empty_program = jax.jit(lambda: step.no_stats(self.shape), out_shardings=rows)
+        self.score_program = compiled("score", step.score, (rows, everywhere), donate=3)
+        self.terms_program = compiled("terms", step.terms, self.terms_shardings)
+        self.gradient_program = compiled("update", step.add_gradient, in_sum, donate=0)
+        self.apply_program = compiled("update (apply)", step.apply, (in_state, everywhere), donate=0)
+        self.whole_program = compiled("update", step.whole, (in_state, everywhere), donate=0)
+
+    def place(self, mini: MiniBatch) -> MiniBatch:
+        """The mini-batch on the devices: its rows split, what is known of each rollout on all."""
+        rows, everywhere = sharding(self.mesh, None, "batch"), sharding(self.mesh)
+        where = TrainBatch(PackedRows(*[rows] * 4), *[everywhere] * 5)  # type: ignore[arg-type]
+        return mini._replace(batch=to_mesh(mini.batch, where))
+
+    def score(self, params: Any, mini: MiniBatch) -> tuple[TokenStats, list[jax.Array]]:
+        """Statistics [I, G, S] of a mini-batch, and how far each micro-batch's are from the sampler's."""
+        stats, drifts = self.empty_program(), []
+        for index in range(mini.live):
+            stats, drift = self.score_program(params, mini.batch, np.int32(index), stats)
+            drifts.append(drift)
+        return stats, drifts
+
+    def update(self, state: State, mini: MiniBatch, old: TokenStats | None, *, first: bool) -> tuple[State, Metrics]:
+        """One optimizer update on one mini-batch.
+
+        Args:
+            state: donated.
+            old: what `score` said before the step's first update, if it was asked (`scores_first`).
+            first: whether this is that update: `old`, if there is one, is then of `state.params`.
+
+        Returns: the new state, and float32 scalars over the mini-batch. If the loss or the gradient is not finite, the
+        parameters and the optimizer stay as they were and `skipped` goes up by one.
+        """
+        if self.alone:
+            return self.whole_program(state, mini.batch, None if old is None else old.logp)
+        old_logp = mini.batch.rows.sampled_logp if old is None else old.logp
+        if not reads_now(self.config):
+            now = TokenStats(old_logp, old_logp, old_logp)
+        elif first and old is not None:
+            now = old
+        else:
+            now, _ = self.score(state.params, mini)
+        terms, metrics, total = self.terms_program(state.params, mini.batch, old_logp, now)
+        for index in range(mini.live):
+            total = self.gradient_program(total, state.params, mini.batch, old_logp, terms, np.int32(index))
+        return self.apply_program(state, total, metrics)
 
 
-def score_rollouts(model: Decoder, batch: TrainBatch, config: Config) -> TokenStats:
-    """`completion_stats` of a mini-batch, one micro-batch at a time."""
-    micro = micro_batches(batch, config.micro_batch)
-    return whole(jax.lax.map(lambda b: completion_stats(model, b, config.rollout.temperature), micro))
+def _counted(traces: dict[str, int], name: str, f: Any, out: Any, donate: int | tuple[()] = ()) -> Any:
+    """`f`, jitted. `traces[name]` goes up once a trace, not once a call."""
+    traces.setdefault(name, 0)
 
+    def program(*arguments: Any) -> Any:
+        traces[name] += 1
+        return f(*arguments)
 
-def update_policy(
-    graph: nnx.GraphDef[Decoder],
-    state: State,
-    batch: TrainBatch,
-    old: TokenStats,
-    now: TokenStats,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-) -> tuple[State, Metrics]:
-    """One optimizer update on one mini-batch.
-
-    Args:
-        old: statistics under the policy that sampled; `now`: under `state.params`. Equal in the first update of a step.
-
-    Returns: the new state, and float32 scalars over the mini-batch. If the loss or the gradient is not finite, the
-    parameters and the optimizer stay as they were and `skipped` goes up by one.
-    """
-    o = config.objective
-    mask_MC = completion_mask(batch.length_M, batch.tokens_MC.shape[1])
-    advantage_MC, terms, metrics = token_terms(batch, old, now, mask_MC, config)
-    whole_batch = denominators(mask_MC, o.aggregation)
-
-    def loss_fn(params: Any, micro: Any) -> tuple[jax.Array, Metrics]:
-        rows, old_logp, advantages, mask, terms = micro
-        stats = completion_stats(nnx.merge(graph, params), rows, config.rollout.temperature)
-        if o.entropy_coefficient:
-            terms = terms._replace(bonus=o.entropy_coefficient * stats.entropy)
-        return policy_loss(
-            stats.logp,
-            old_logp,
-            advantages,
-            mask,
-            clip_of(o),
-            aggregation=o.aggregation,
-            denominators=whole_batch,
-            ratio=o.ratio,
-            terms=terms,
-        )
-
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    micro = micro_batches((batch, old.logp, advantage_MC, mask_MC, terms), config.micro_batch)
-    (loss, sums), grads = _sum_over_micro_batches(lambda m: gradient(state.params, m), micro)
-
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    moved = apply_gradients(state, grads, optimizer)
-    new_state = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), moved, state)
-    new_state = new_state._replace(updates=state.updates + finite, skipped=state.skipped + ~finite)
-    metrics |= sums | {
-        "objective/loss": loss,
-        "objective/grad_norm": grad_norm,
-        "objective/entropy": jnp.sum(now.entropy * mask_MC) / jnp.maximum(jnp.sum(mask_MC), 1),
-        "objective/learning_rate": learning_rate_schedule(config.optimizer)(state.updates),
-    }
-    return new_state, metrics
-
-
-def _sum_over_micro_batches(f: Callable[[Any], Any], micro: Any) -> Any:
-    """The sum of f over the leading axis, accumulated in float32 whatever the parameter dtype, one at a time."""
-
-    def add(total: Any, one: Any) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, f(one)), None
-
-    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], micro))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-    return jax.lax.scan(add, zeros, micro)[0]
+    return jax.jit(program, donate_argnums=donate, out_shardings=out)

@@ -40,7 +40,8 @@ def token_stats(
 
     Args:
         hidden: float [T, D], final hidden states.
-        head: float [V, D], the output embedding.
+        head: float [V, D], the output embedding; or [X, V, D], a copy of it for each of the X shards that `token_axes`
+            split the tokens into (1 without them), whose gradients are then left apart, not summed over shards.
         targets: int [T], each in [0, V); not checked, values may be traced.
         temperature: the policy's sampling temperature, a Python float > 0.
         impl: `reference` (plain, keeps [T, V]), `chunked` (XLA, a block of [T, V] at a time), `pallas` (forward pass in
@@ -61,7 +62,7 @@ def token_stats(
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"token_stats: impl = {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}.")
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+    if hidden.ndim != 2 or head.ndim not in (2, 3) or hidden.shape[1] != head.shape[-1]:
         raise ValueError(
             f"token_stats: hidden has shape {hidden.shape} and head {head.shape}; give [T, D] and [V, D] with one D "
             "(flatten batch axes first, and transpose a [D, V] head)."
@@ -80,10 +81,13 @@ def token_stats(
     if blocks is not None and (len(blocks) != 2 or min(blocks) < 1):
         raise ValueError(f"token_stats: blocks = {blocks}; give (tokens, vocabulary), each at least 1, or None.")
     mask = None if mask is None else mask != 0
+    axes = _mesh_axes(mesh, token_axes, vocab_axis, hidden.shape[0], head.shape[-2])
+    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes[0])
+    if head.ndim == 3 and len(head) != shards:
+        raise ValueError(f"token_stats: head has {len(head)} copies for {shards} shards of tokens; give one for each.")
     if impl == "reference" or hidden.shape[0] == 0:
-        stats = reference_token_stats(hidden, head, targets, temperature)
+        stats = reference_token_stats(hidden, head[0] if head.ndim == 3 else head, targets, temperature)
         return stats if mask is None else TokenStats(*(jnp.where(mask, x, 0.0) for x in stats))
-    axes = _mesh_axes(mesh, token_axes, vocab_axis, hidden.shape[0], head.shape[0])
     sizes = None if blocks is None else chunked.Blocks(*blocks)
     # XLA cannot split the kernel over devices: without a mesh there must be one, and none are known ahead of time.
     # float32 takes the matrix unit six passes, beside which the kernel saves nothing.

@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     """What a device, or all of them together, works on."""
 
     hidden: jax.Array  # [T, D]
-    head: jax.Array  # [V, D]
+    head: jax.Array  # [V, D]; or [X, V, D], a copy for each shard of tokens
     targets: jax.Array  # int [T]
     mask: jax.Array | None  # bool [T], tokens that are wanted; None: all
 
@@ -60,6 +60,7 @@ def fused_token_stats(plan: Plan, inputs: Inputs) -> TokenStats:
 
 def _forward(plan: Plan, inputs: Inputs) -> tuple[TokenStats, tuple[Inputs, Softmax]]:
     def local(inputs: Inputs) -> tuple[TokenStats, Softmax]:
+        inputs = _own_copy(inputs)
         rows = _wanted_first(plan, inputs)
         sums = dispatch.forward(
             plan.impl, plan.mesh, rows.hidden, inputs.head, rows.targets, rows.live, plan.temperature, plan.blocks
@@ -75,7 +76,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[TokenStats, tuple[Inputs, Soft
         softmax = Softmax(*(jnp.where(is_live, x, y) for x, y in zip(softmax, (-ABSENT, 0.0, 0.0), strict=True)))
         return jax.tree.map(lambda x: jnp.zeros_like(x).at[rows.order].set(x), (stats, softmax))
 
-    spec = _specs(plan)
+    spec = _specs(plan, inputs.head.ndim)
     stats, softmax = _on_mesh(plan, local, (spec,), spec.targets)(inputs)
     return stats, (inputs, softmax)
 
@@ -83,6 +84,7 @@ def _forward(plan: Plan, inputs: Inputs) -> tuple[TokenStats, tuple[Inputs, Soft
 def _backward(plan: Plan, residuals: tuple[Inputs, Softmax], grads: TokenStats) -> tuple[Inputs]:
     def local(inputs: Inputs, per_token: Any) -> tuple[jax.Array, jax.Array]:
         softmax, g_logp, g_entropy = per_token
+        apart, inputs = inputs.head.ndim == 3, _own_copy(inputs)
         if inputs.mask is not None:
             # A token without advantage, or one that the clip decides, gets back exactly 0 and gives exactly 0.
             inputs = inputs._replace(mask=inputs.mask & ((g_logp != 0) | (g_entropy != 0)))
@@ -104,7 +106,9 @@ def _backward(plan: Plan, residuals: tuple[Inputs, Softmax], grads: TokenStats) 
         )
         if plan.vocab_axis is not None:
             d_hidden = lax.psum(d_hidden, plan.vocab_axis)
-        if plan.token_axes:
+        if apart:
+            d_head = d_head[None]
+        elif plan.token_axes:
             d_head = lax.psum(d_head, plan.token_axes)
         d_hidden = d_hidden.astype(inputs.hidden.dtype)
         if rows.order is not None:
@@ -112,7 +116,7 @@ def _backward(plan: Plan, residuals: tuple[Inputs, Softmax], grads: TokenStats) 
         return d_hidden, d_head
 
     inputs, softmax = residuals
-    spec = _specs(plan)
+    spec = _specs(plan, inputs.head.ndim)
     out = (spec.hidden, spec.head)
     f = _on_mesh(plan, local, (spec, spec.targets), out)
     d_hidden, d_head = f(inputs, (softmax, grads.logp, grads.entropy))
@@ -148,10 +152,15 @@ def _wanted_first(plan: Plan, inputs: Inputs) -> Rows:
     return Rows(jnp.where(is_live[:, None], inputs.hidden[order], 0), targets[order], order, live)
 
 
-def _specs(plan: Plan) -> Any:
+def _own_copy(inputs: Inputs) -> Inputs:
+    return inputs._replace(head=inputs.head[0]) if inputs.head.ndim == 3 else inputs
+
+
+def _specs(plan: Plan, head_ndim: int) -> Any:
     """An `Inputs` of partition specs."""
     tokens = PartitionSpec(plan.token_axes or None)
-    specs: Any = (tokens, PartitionSpec(plan.vocab_axis), tokens, tokens)
+    head = PartitionSpec(*([plan.token_axes or None] if head_ndim == 3 else []), plan.vocab_axis)
+    specs: Any = (tokens, head, tokens, tokens)
     return Inputs(*specs)
 
 
