@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,21 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from dynamo_jax.kernels import attention_gpu
+from dynamo_jax.kernels import attention, attention_gpu, attention_tpu
 from dynamo_jax.kernels.attention_gpu import segment_attention
+from dynamo_jax.update.packing import fitted
 
 G, S, A, K, H = 3, 40, 4, 2, 16
+
+
+def card(capability):
+    return types.SimpleNamespace(platform="gpu", compute_capability=capability)
 
 
 @pytest.fixture
 def hopper(monkeypatch):
     """As if this process had one."""
-    monkeypatch.setattr(attention_gpu, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [card("9.0")])
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda least: float(least) <= 9.0)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda other: other == "9.0")
@@ -104,17 +110,18 @@ def test_the_program_calls_cudnn_forward_and_backward(hopper):
 @pytest.mark.parametrize(
     ("dtype", "head", "capability", "message"),
     [
-        (jnp.float32, 16, (9, 0), "bfloat16 or float16, not float32"),
-        (jnp.bfloat16, 12, (9, 0), "heads of 12; cuDNN takes multiples of 8 up to 256"),
-        (jnp.bfloat16, 16, (8, 0), r"compute capability \(8, 0\) .* 9.0 \(Hopper\) and later"),
+        (jnp.float32, 16, "9.0", "bfloat16 or float16, not float32"),
+        (jnp.bfloat16, 12, "9.0", "heads of 12; cuDNN takes multiples of 8 up to 256"),
+        (jnp.bfloat16, 16, "8.0", r"compute capability 8.0 .* 9.0 \(Hopper\) and later"),
+        (jnp.bfloat16, 16, "gfx942", "compute capability gfx942"),
     ],
 )
 def test_what_cudnn_cannot_do_is_refused(monkeypatch, hopper, dtype, head, capability, message):
-    monkeypatch.setattr(attention_gpu, "compute_capability", lambda: capability)
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [card(capability)])
     q = jnp.zeros((1, 8, 2, head), dtype)
     with pytest.raises(ValueError, match=message):
         segment_attention(q, q, q, jnp.zeros((1, 8), jnp.int32))
-    assert re.search(message, attention_gpu.refusal(dtype, head))
+    assert not attention_gpu.takes(q, card(capability))
 
 
 def test_one_segment_a_row_is_no_packing(hopper):
@@ -125,3 +132,31 @@ def test_one_segment_a_row_is_no_packing(hopper):
 def test_without_a_gpu_there_is_none():
     with pytest.raises(RuntimeError, match="gpu"):
         segment_attention(*inputs())
+
+
+def test_the_door_leads_to_it_on_a_mesh(monkeypatch, hopper):
+    """Each of four devices gets its rows and heads."""
+    monkeypatch.setattr(attention, "_kernel_of", lambda device, q: attention_gpu.segment_attention)
+    mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    q, k = (jax.ShapeDtypeStruct((4, 64, heads, 16), jnp.bfloat16) for heads in (4, 2))
+    f = jax.jit(lambda q, k, v, segments: attention.segment_attention(q, k, v, segments, mesh=mesh))
+    traced = f.trace(q, k, k, jax.ShapeDtypeStruct((4, 64), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert re.search(r"custom_call @__cudnn\$fmhaSoftmax\(.*\(tensor<2x64x2x16xbf16>", text)
+
+
+def test_each_device_has_its_kernel(hopper):
+    q = jnp.zeros((1, 128, 2, 128), jnp.bfloat16)
+    for device, kernel in (
+        (card("9.0"), attention_gpu.segment_attention),
+        (card("8.0"), None),
+        (types.SimpleNamespace(platform="tpu"), attention_tpu.segment_attention),
+        (types.SimpleNamespace(platform="cpu"), None),
+    ):
+        assert attention._kernel_of(device, q) is kernel
+
+
+def test_packing_gives_no_row_more_segments_than_cudnn_is_told_of():
+    rows = fitted([2] * 100 + [60], 64)
+    assert sorted(i for row in rows for i in row) == list(range(101))
+    assert max(map(len, rows)) == attention_gpu.most_segments(64) - 1  # and the padding
