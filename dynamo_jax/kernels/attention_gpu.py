@@ -13,9 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Not public in jax: `jax.nn.dot_product_attention` passes no offsets on.
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
 OLDEST = (9, 0)  # compute capability
 WIDEST_HEAD = 256
 
@@ -39,6 +36,10 @@ def segment_attention(
 
     Raises ValueError for `most` below 2 and for what `refusal` names; RuntimeError where there is no GPU or no cuDNN.
     """
+    # Not public in jax: `jax.nn.dot_product_attention` passes no offsets on. Here, so that the release that moves it
+    # breaks this and nothing else.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
     S, A, H = q_GSAH.shape[1:]
     most = most_segments(S) if most is None else most
     if reason := refusal(q_GSAH.dtype, H, jax.local_devices(backend="gpu")[0]):
@@ -80,7 +81,7 @@ def refusal(dtype: Any, H: int, device: Any) -> str | None:
 
 
 def most_segments(S: int) -> int:
-    """Segments that a row of S tokens may have: one for each 64 tokens, at least 16."""
+    """Segments that a row of S tokens may have, its padding among them: one for each 64 tokens, at least 16."""
     return max(16, S // 64)
 
 
