@@ -76,7 +76,7 @@ class Programs:
         self.score_program = compiled("score", step.score, (rows, everywhere), donate=3)
         self.terms_program = compiled("terms", step.terms, self.terms_shardings)
         self.gradient_program = compiled("update", step.add_gradient, in_sum, donate=0)
-        self.apply_program = compiled("update (apply)", step.apply, (in_state, everywhere), donate=(0, 1))
+        self.apply_program = compiled("update (apply)", step.apply, (in_state, everywhere), donate=0)
         self.whole_program = compiled("update", step.whole, (in_state, everywhere), donate=0)
 
     def place(self, mini: MiniBatch) -> MiniBatch:
