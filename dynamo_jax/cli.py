@@ -6,6 +6,7 @@ Whatever a user can mend ends with one paragraph on stderr and exit status 2; `-
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -20,6 +21,10 @@ from dynamo_jax.config import at_home, load_config
 DEFAULT_K = (1, 8, 32)
 OVERRIDES = "values that replace the file's: a text as it is written, all else in YAML"
 CHECKPOINT = "a run folder (or gs://...), or one of its checkpoints"
+# Options whose value is one word, which is none of the overrides even where it looks like one.
+_TAKE_ONE = (
+    "--checkpoint", "--json", "--out", "--samples", "--profile-steps", "--topology", "--lengths", "--price", "--hlo",
+)  # fmt: skip
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # a file of such a name is written ./a=b
 
 
@@ -98,7 +103,8 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     from dynamo_jax.plan import plan_command
 
-    return 0 if plan_command(config, arguments.topology) else 1
+    a = arguments
+    return 0 if plan_command(config, a.topology, a.lengths, a.price, a.json, a.hlo, a.search) else 1
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -123,7 +129,7 @@ def _take_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     rest: list[str] = []
     overrides: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
-        is_value = before in ("--checkpoint", "--json", "--out", "--samples", "--profile-steps", "--topology")
+        is_value = before in _TAKE_ONE
         (overrides if _OVERRIDE.match(word) and not is_value else rest).append(word)
     return rest, overrides
 
@@ -161,8 +167,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=_place, required=True, help=CHECKPOINT)
     command.add_argument("--out", type=_file, required=True, help="the folder to make")
 
-    command = with_config("plan", _plan, "Compile every program for a TPU slice without having one: does it fit?")
+    text = "Compile every program for a TPU slice without having one: does it fit, and what does a step cost?"
+    command = with_config("plan", _plan, text)
     command.add_argument("--topology", required=True, help="the slice, such as v5e:4x4, v5p:2x2x2 or v6e:4x4")
+    text = "mean tokens of prompts and responses, or a run folder whose metrics tell (default: the recipe's limits)"
+    command.add_argument("--lengths", type=_place, metavar="prompt=150,response=900", help=text)
+    command.add_argument("--price", type=_dollars, help="dollars a chip-hour: what a step costs")
+    command.add_argument("--json", type=_file, metavar="FILE", help="write all figures to this file, too")
+    command.add_argument("--hlo", type=_file, metavar="DIR", help="write each program's compiled text to this folder")
+    text = "try meshes, micro-batches and rematerialisation, and show the best three (compiles for an hour or more)"
+    command.add_argument("--search", action="store_true", help=text)
 
     text = "Curves and tables of runs, side by side, in one HTML file."
     command = commands.add_parser("report", help=text, description=text)
@@ -191,6 +205,16 @@ def _positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def _dollars(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a price in dollars, such as 1.2")
     return value
 
 

@@ -76,6 +76,7 @@ def rollout_metrics(pool: Pool, seconds: float) -> dict[str, float]:
         "reward/right": float(pool.right_R.mean()),
         "reward/mixed_groups": float(mixed_groups(pool).mean()),  # the share that has a gradient
         "rollout/length_mean": float(rollouts.length_B.mean()),
+        "rollout/prompt_length_mean": float(pool.prompts.length_P[pool.prompt_of_R].mean()),
         "rollout/length_max": int(rollouts.length_B.max()),
         "rollout/truncated_fraction": float(1 - np.asarray(rollouts.ended_B).mean()),
         "rollout/tokens_per_second": float(rollouts.length_B.sum() / seconds),

@@ -15,16 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
-from dynamo_jax.batch import PackedRows
+from dynamo_jax.batch import PackedRows, Tokens, TokenStats
 from dynamo_jax.config import Config
 from dynamo_jax.policy.model import DecoderConfig, abstract_policy, init_policy, param_shardings
 from dynamo_jax.run.metrics import ProgressBar
 from dynamo_jax.sharding import of_process_0, to_mesh
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, worked_solutions
 from dynamo_jax.update import State, apply_gradients, init_state
-from dynamo_jax.update.gradient import row_stats
+from dynamo_jax.update.gradient import gradient, nothing, whole_gradient
 
 log = logging.getLogger("dynamo_jax")
 
@@ -61,13 +60,13 @@ def warm_up(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
 
     @jax.jit
-    def step(state: State, rows: PackedRows, mask_GS: jax.Array) -> State:
-        def loss_fn(params: Any) -> jax.Array:
-            model = nnx.merge(graph, params)
-            stats = row_stats(model, model.tables(), rows, mask_GS, temperature=1.0)
-            return -jnp.sum(stats.logp * mask_GS) / jnp.sum(mask_GS)
+    def step(state: State, rows: PackedRows, tokens: Tokens) -> State:
+        def objective(stats: TokenStats) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return -jnp.sum(stats.logp * tokens.mask) / jnp.sum(tokens.mask), {}
 
-        return apply_gradients(state, jax.grad(loss_fn)(state.params), optimizer)
+        zeros = nothing(state.params, 1, ["objective/loss"])
+        total = gradient(zeros, graph, state.params, rows, tokens, objective, temperature=1.0)
+        return apply_gradients(state, whole_gradient(total.grads, None), optimizer)
 
     with jax.default_device(jax.local_devices()[0]):
         state = init_state(init_policy(policy, key), optimizer)
@@ -83,8 +82,8 @@ def warm_up(
 
 def _supervised_rows(
     pairs: list[tuple[str, str]], tokenizer: ArithmeticTokenizer, slots: int
-) -> tuple[PackedRows, np.ndarray]:
-    """One problem with its solution a row, and the mask [G, S] of what is learned: the solutions' tokens."""
+) -> tuple[PackedRows, Tokens]:
+    """One problem with its solution a row. The mask of the tokens has what is learned: the solutions."""
     G = len(pairs)
     tokens, rollout = np.full((G, slots), tokenizer.pad_id, np.int32), np.full((G, slots), G, np.int32)
     mask = np.zeros((G, slots), np.float32)
@@ -94,4 +93,6 @@ def _supervised_rows(
         tokens[g, :end], rollout[g, :end] = prompt + completion, g
         mask[g, len(prompt) - 1 : end - 1] = 1
     position = np.broadcast_to(np.arange(slots, dtype=np.int32), (G, slots))
-    return PackedRows(tokens, rollout, position, np.zeros_like(mask)), mask  # type: ignore[arg-type]
+    unused = np.zeros_like(mask)
+    rows = PackedRows(tokens, rollout, position, unused)  # type: ignore[arg-type]
+    return rows, Tokens(mask, position, rollout, unused, unused, unused, unused)  # type: ignore[arg-type]

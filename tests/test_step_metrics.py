@@ -57,6 +57,7 @@ def test_rollouts_by_hand() -> None:
         "reward/right": pytest.approx(3 / 7),
         "reward/mixed_groups": pytest.approx(1 / 3),
         "rollout/length_mean": pytest.approx(17 / 7),
+        "rollout/prompt_length_mean": pytest.approx((0 * 2 + 1 * 3 + 2 * 2) / 7),
         "rollout/length_max": 4,
         "rollout/truncated_fraction": pytest.approx(1 / 7),
         "rollout/tokens_per_second": pytest.approx(34.0),

@@ -135,18 +135,16 @@ class Decoder(nnx.Module):
         """
         # A token's position is its rank among the real tokens of its row, wherever the padding is.
         position_BS = jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0)
-        return self.packed(tokens_BS, valid_BS.astype(jnp.int32), position_BS, self.tables().embedding)
+        x_BSD = self.embedded(tokens_BS, self.tables().embedding)
+        return self.packed(x_BSD, valid_BS.astype(jnp.int32), position_BS)
 
-    def packed(
-        self, tokens_GS: jax.Array, segment_GS: jax.Array, position_GS: jax.Array, embedding_XVD: jax.Array
-    ) -> jax.Array:
+    def packed(self, x_GSD: jax.Array, segment_GS: jax.Array, position_GS: jax.Array) -> jax.Array:
         """Hidden states [G, S, D] of rows that hold several sequences each, for training and scoring.
 
         Args:
-            tokens_GS: int32.
+            x_GSD: the tokens' embeddings, of `embedded`.
             segment_GS: int32, the sequence of each token: those of a row that have one number, in order.
             position_GS: int32, the token's place in its sequence, from 0.
-            embedding_XVD: of `tables`.
         """
         rope = self._rope(position_GS)
 
@@ -154,8 +152,11 @@ class Decoder(nnx.Module):
             out = segment_attention(q, k, v, segment_GS, mesh=self.config.mesh)
             return checkpoint_name(out, RESIDUALS), None
 
-        x_GSD = self._constrain(lookup(embedding_XVD, tokens_GS, self.config.mesh))
         return self._whole(x_GSD, rope, attend)[0]
+
+    def embedded(self, tokens_GS: jax.Array, embedding_XVD: jax.Array) -> jax.Array:
+        """[G, S, D] of int32 tokens, by the embedding of `tables`."""
+        return self._constrain(lookup(embedding_XVD, tokens_GS, self.config.mesh))
 
     def prefill(self, tokens_BS: jax.Array, valid_BS: jax.Array) -> tuple[jax.Array, KVCache]:
         """As `__call__`, and the keys and values of all S slots."""

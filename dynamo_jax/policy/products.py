@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,40 +142,45 @@ def copies(table_VD: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def lookup(table_XVD: jax.Array, tokens_GS: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """[G, S, D]: each token's row of the copy that belongs to its row's shard. Gradients are summed in float32."""
-    if mesh is None:
-        return _rows(table_XVD[0], tokens_GS)
-    vocab: Any = RULES["vocab"] if mesh.shape["tensor"] > 1 else None
+    """[G, S, D]: each token's row of the copy that belongs to its row's shard."""
 
     def local(table_1VD: jax.Array, tokens_GS: jax.Array) -> jax.Array:
-        table_VD = table_1VD[0]
-        if vocab is None:
-            return _rows(table_VD, tokens_GS)
-        tokens_GS = tokens_GS - jax.lax.axis_index(vocab) * table_VD.shape[0]
-        here_GS = (tokens_GS >= 0) & (tokens_GS < table_VD.shape[0])
-        x_GSD = _rows(table_VD, jnp.where(here_GS, tokens_GS, 0)) * here_GS[..., None].astype(table_VD.dtype)
-        return jax.lax.psum(x_GSD, vocab)
+        place_GS = _own(tokens_GS, table_1VD.shape[1], mesh)
+        x_GSD = table_1VD[0].at[place_GS].get(mode="fill", fill_value=0)
+        return jax.lax.psum(x_GSD, "tensor") if _splits_vocabulary(mesh) else x_GSD
 
-    rows = PartitionSpec(RULES["batch"])
-    specs = (PartitionSpec(RULES["batch"], vocab), rows)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(table_XVD, tokens_GS)
-
-
-@jax.custom_vjp
-def _rows(table_VD: jax.Array, tokens_GS: jax.Array) -> jax.Array:
-    return table_VD[tokens_GS]
+    if mesh is None:
+        return local(table_XVD, tokens_GS)
+    apart, rows = sharding(mesh, "batch", "vocab").spec, sharding(mesh, "batch").spec
+    return jax.shard_map(local, mesh=mesh, in_specs=(apart, rows), out_specs=rows, check_vma=False)(
+        table_XVD, tokens_GS
+    )
 
 
-def _rows_forward(table_VD: jax.Array, tokens_GS: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return table_VD[tokens_GS], (table_VD, tokens_GS)
+def lookup_gradient(sums_XVD: jax.Array, tokens_GS: jax.Array, dx_GSD: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`sums_XVD`, float32, and the gradient of `lookup` for its table, each shard's in its own copy.
+
+    A frequent token has thousands of rows, whose sum in bfloat16 would stop growing.
+    """
+
+    def local(sums_1VD: jax.Array, tokens_GS: jax.Array, dx_GSD: jax.Array) -> jax.Array:
+        place_GS = _own(tokens_GS, sums_1VD.shape[1], mesh)
+        return sums_1VD.at[0, place_GS].add(dx_GSD.astype(sums_1VD.dtype), mode="drop")
+
+    if mesh is None:
+        return local(sums_XVD, tokens_GS, dx_GSD)
+    apart, rows = sharding(mesh, "batch", "vocab").spec, sharding(mesh, "batch").spec
+    f = jax.shard_map(local, mesh=mesh, in_specs=(apart, rows, rows), out_specs=apart, check_vma=False)
+    return f(sums_XVD, tokens_GS, dx_GSD)
 
 
-def _rows_backward(kept: tuple[jax.Array, jax.Array], dx_GSD: jax.Array) -> tuple[jax.Array, None]:
-    # A frequent token has thousands of rows: their sum in bfloat16 would stop growing.
-    table_VD, tokens_GS = kept
-    wide = jnp.promote_types(table_VD.dtype, jnp.float32)
-    sums_VD = jnp.zeros(table_VD.shape, wide).at[tokens_GS].add(dx_GSD.astype(wide))
-    return sums_VD.astype(table_VD.dtype), None
+def _own(tokens_GS: jax.Array, size: int, mesh: Mesh | None) -> jax.Array:
+    """Each token's row in the part of the vocabulary that a device holds; one behind its end if it is not there."""
+    if not _splits_vocabulary(mesh):
+        return tokens_GS
+    place_GS = tokens_GS - jax.lax.axis_index("tensor") * size
+    return jnp.where((place_GS >= 0) & (place_GS < size), place_GS, size)
 
 
-_rows.defvjp(_rows_forward, _rows_backward)
+def _splits_vocabulary(mesh: Mesh | None) -> bool:
+    return mesh is not None and mesh.shape["tensor"] > 1

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from dynamo_jax.batch import PackedRows, Tokens, TokenStats
 from dynamo_jax.kernels import token_stats
 from dynamo_jax.objective.terms import Metrics
-from dynamo_jax.policy.model import Decoder, Tables, param_shardings
+from dynamo_jax.policy.model import Decoder, param_shardings
 from dynamo_jax.policy.params import PARAMS, param_name
-from dynamo_jax.policy.products import scattered
+from dynamo_jax.policy.products import lookup_gradient, scattered
 from dynamo_jax.sharding import sharding
 
 Objective = Callable[[TokenStats], tuple[jax.Array, Metrics]]
@@ -35,13 +35,19 @@ class Accumulated(NamedTuple):
     drift: jax.Array  # nats, the largest
 
 
-def row_stats(model: Decoder, tables: Tables, rows: PackedRows, mask_GS: jax.Array, temperature: float) -> TokenStats:
-    """Log-prob, entropy and E[pi Lambda] of the token that each slot predicts, each [G, S] float32; 0 off the mask."""
-    hidden_GSD = model.packed(rows.tokens, rows.rollout, rows.position, tables.embedding)
+def row_stats(
+    model: Decoder, x_GSD: jax.Array, head_XVD: jax.Array, rows: PackedRows, mask_GS: jax.Array, temperature: float
+) -> TokenStats:
+    """Log-prob, entropy and E[pi Lambda] of the token that each slot predicts, each [G, S] float32; 0 off the mask.
+
+    Args:
+        x_GSD: the tokens' embeddings. head_XVD: of `model.tables`.
+    """
+    hidden_GSD = model.packed(x_GSD, rows.rollout, rows.position)
     G, S, D = hidden_GSD.shape
     stats = token_stats(
         hidden_GSD.reshape(G * S, D),
-        tables.head,
+        head_XVD,
         jnp.roll(rows.tokens, -1, axis=1).reshape(-1),
         temperature,
         mask=mask_GS.reshape(-1),
@@ -61,6 +67,7 @@ def logp_drift(tokens: Tokens, logp: jax.Array) -> jax.Array:
 
 
 def gradient(
+    total: Accumulated,
     graph: nnx.GraphDef[Decoder],
     params: Any,
     rows: PackedRows,
@@ -68,35 +75,53 @@ def gradient(
     objective: Objective,
     temperature: float,
 ) -> Accumulated:
-    """The gradient of `objective`, of a micro-batch's statistics, and the metrics that it returns.
+    """`total`, and the gradient of `objective` of a micro-batch's statistics, and the metrics that it returns.
 
     Args:
+        total: of the micro-batches before; `nothing` before the first.
         rows, tokens: [G, S].
         objective: to a scalar and metrics that add up over micro-batches.
     """
+    model = nnx.merge(graph, params)
+    tables = model.tables()
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     leaves, tree = jax.tree.flatten(params)
-    tables = nnx.merge(graph, params).tables()
 
-    def loss(layers: dict[int, jax.Array], tables: Tables) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+    def loss(
+        layers: dict[int, jax.Array], x_GSD: jax.Array, head_XVD: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
         merged = jax.tree.unflatten(tree, [layers.get(i, leaf) for i, leaf in enumerate(leaves)])
-        stats = row_stats(nnx.merge(graph, merged), tables, rows, tokens.mask, temperature)
+        stats = row_stats(nnx.merge(graph, merged), x_GSD, head_XVD, rows, tokens.mask, temperature)
         value, metrics = objective(stats)
-        return value, (metrics | {"objective/loss": value}, jax.lax.stop_gradient(stats.logp))
+        return value, (metrics | {"objective/loss": value}, logp_drift(tokens, jax.lax.stop_gradient(stats.logp)))
 
     layers = {i: leaf for i, leaf in enumerate(leaves) if not is_table(paths[i])}
-    (d_layers, d_tables), (metrics, logp) = jax.grad(loss, argnums=(0, 1), has_aux=True)(layers, tables)
-    of_tables = dict(zip(("embedding", "lm_head"), jax.tree.map(_float32, d_tables), strict=True))
-    if not any(param_name(path) == "lm_head" for path in paths):
-        of_tables["embedding"] += of_tables["lm_head"]
-    grads = [of_tables[param_name(path)] if is_table(path) else _float32(d_layers[i]) for i, path in enumerate(paths)]
-    return Accumulated(jax.tree.unflatten(tree, grads), metrics, logp_drift(tokens, logp))
+    x_GSD = model.embedded(rows.tokens, tables.embedding)
+    gradients = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (d_layers, dx_GSD, d_head_XVD), (metrics, drift) = gradients(layers, x_GSD, tables.head)
+    head = "lm_head" if any(param_name(path) == "lm_head" for path in paths) else "embedding"
+
+    def add(path: tuple[Any, ...], i: int, sums: jax.Array) -> jax.Array:
+        name = param_name(path)
+        if i in d_layers:
+            return sums + d_layers[i].astype(sums.dtype)
+        if name == head:
+            sums = sums + d_head_XVD.astype(sums.dtype)
+        return lookup_gradient(sums, rows.tokens, dx_GSD, model.config.mesh) if name == "embedding" else sums
+
+    places = jax.tree.unflatten(tree, range(len(leaves)))
+    grads = jax.tree_util.tree_map_with_path(add, places, total.grads)
+    return Accumulated(grads, jax.tree.map(jnp.add, total.metrics, metrics), jnp.maximum(total.drift, drift))
 
 
-def added(total: Accumulated, one: Accumulated) -> Accumulated:
-    """What was there before, and one micro-batch's."""
-    grads, metrics = (jax.tree.map(jnp.add, x, y) for x, y in zip(total[:2], one[:2], strict=True))
-    return Accumulated(grads, metrics, jnp.maximum(total.drift, one.drift))
+def nothing(params: Any, shards: int, metrics: Any) -> Accumulated:
+    """Zeros: of the shapes of parameters and metrics, on so many shards of rows."""
+
+    def zeros(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return jnp.zeros((shards, *x.shape) if is_table(path) else x.shape, jnp.float32)
+
+    grads = jax.tree_util.tree_map_with_path(zeros, params)
+    return Accumulated(grads, {name: jnp.float32(0) for name in metrics}, jnp.float32(0))
 
 
 def whole_gradient(grads: Any, mesh: Mesh | None) -> Any:
@@ -124,7 +149,3 @@ def grad_shardings(abstract_params: Any, mesh: Mesh) -> Any:
 def is_table(path: tuple[Any, ...]) -> bool:
     """Whether the parameter at this path has a row for each token of the vocabulary."""
     return "V" in PARAMS[param_name(path)].axes
-
-
-def _float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32)

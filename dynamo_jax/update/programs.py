@@ -119,7 +119,7 @@ class Programs:
         return self.apply_program(state, total, metrics)
 
 
-def _counted(traces: dict[str, int], name: str, f: Any, out: Any, donate: int | tuple[int, ...] = ()) -> Any:
+def _counted(traces: dict[str, int], name: str, f: Any, out: Any, donate: int | tuple[()] = ()) -> Any:
     """`f`, jitted. `traces[name]` goes up once a trace, not once a call."""
     traces.setdefault(name, 0)
 

@@ -17,7 +17,7 @@ from dynamo_jax.objective import Denominators, TokenTerms, policy_loss, rollout_
 from dynamo_jax.objective.segments import Segments
 from dynamo_jax.objective.terms import Metrics, clip_of, token_terms
 from dynamo_jax.policy.model import Decoder
-from dynamo_jax.update.gradient import Accumulated, Objective, added, gradient, logp_drift, row_stats, whole_gradient
+from dynamo_jax.update.gradient import Accumulated, Objective, gradient, logp_drift, nothing, row_stats, whole_gradient
 from dynamo_jax.update.optimizer import learning_rate_schedule
 from dynamo_jax.update.packing import Shape
 from dynamo_jax.update.state import State, apply_gradients
@@ -42,7 +42,9 @@ class PolicyUpdate:
         """`into` with the statistics of micro-batch `index`, and their `logp_drift`."""
         rows = _at(batch.rows, index)
         tokens, model = tokens_of(batch, rows), nnx.merge(self.graph, params)
-        stats = row_stats(model, model.tables(), rows, tokens.mask, self.config.rollout.temperature)
+        tables = model.tables()
+        x_GSD = model.embedded(rows.tokens, tables.embedding)
+        stats = row_stats(model, x_GSD, tables.head, rows, tokens.mask, self.config.rollout.temperature)
         put = partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
         return jax.tree.map(put, into, stats), logp_drift(tokens, stats.logp)
 
@@ -52,7 +54,9 @@ class PolicyUpdate:
         """Advantage and terms of each token, the method's metrics, and zeros to add gradients to."""
         tokens = tokens_of(batch, batch.rows)
         advantage, terms, metrics = token_terms(tokens, old_logp_IGS, now, len(batch.length_M), self.config)
-        return (advantage, terms), metrics, self._nothing(batch, params, old_logp_IGS, (advantage, terms))
+        rows, old_logp, *kept = _at((batch.rows, old_logp_IGS, advantage, terms), 0)
+        objective = partial(self._loss, batch, tokens_of(batch, rows), old_logp, *kept)
+        return (advantage, terms), metrics, self._nothing(params, rows, objective)
 
     def add_gradient(
         self,
@@ -67,7 +71,7 @@ class PolicyUpdate:
         rows, old_logp, kept = _at((batch.rows, old_logp_IGS, terms), index)
         tokens = tokens_of(batch, rows)
         objective = partial(self._loss, batch, tokens, old_logp, *kept)
-        return added(total, self._gradient(params, rows, tokens, objective))
+        return self._gradient(total, params, rows, tokens, objective)
 
     def apply(self, state: State, total: Accumulated, metrics: Metrics) -> tuple[State, Metrics]:
         """The optimizer's step."""
@@ -96,10 +100,13 @@ class PolicyUpdate:
             loss, sums = self._loss(batch, tokens, old_logp[0], advantage[0], _at(terms, 0), stats)
             return loss, metrics | sums
 
-        return self.apply(state, self._gradient(state.params, rows, tokens, objective), {})
+        zeros = self._nothing(state.params, rows, objective)
+        return self.apply(state, self._gradient(zeros, state.params, rows, tokens, objective), {})
 
-    def _gradient(self, params: Any, rows: PackedRows, tokens: Tokens, objective: Objective) -> Accumulated:
-        return gradient(self.graph, params, rows, tokens, objective, self.config.rollout.temperature)
+    def _gradient(
+        self, total: Accumulated, params: Any, rows: PackedRows, tokens: Tokens, objective: Objective
+    ) -> Accumulated:
+        return gradient(total, self.graph, params, rows, tokens, objective, self.config.rollout.temperature)
 
     def _loss(
         self,
@@ -133,14 +140,12 @@ class PolicyUpdate:
         entropy = jnp.sum(jax.lax.stop_gradient(stats.entropy) * tokens.mask) / count
         return loss, metrics | {"objective/entropy": entropy}
 
-    def _nothing(self, batch: TrainBatch, params: Any, old_logp_IGS: jax.Array, terms: Any) -> Accumulated:
-        """Zeros, to add the gradients of micro-batches to."""
-        rows, old_logp, kept = _at((batch.rows, old_logp_IGS, terms), 0)
-        tokens = tokens_of(batch, rows)
-        one = jax.eval_shape(
-            lambda p: self._gradient(p, rows, tokens, partial(self._loss, batch, tokens, old_logp, *kept)), params
-        )
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+    def _nothing(self, params: Any, rows: PackedRows, objective: Objective) -> Accumulated:
+        """Zeros, to add the gradients of micro-batches like these rows to."""
+        stats = jax.eval_shape(lambda: TokenStats(*(jnp.zeros(rows.tokens.shape) for _ in TokenStats._fields)))
+        _, metrics = jax.eval_shape(objective, stats)
+        shards = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return nothing(params, shards, [*metrics, "objective/loss"])
 
 
 def _at(tree: Any, index: Any) -> Any:

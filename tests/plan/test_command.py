@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,15 @@ from pathlib import Path
 import jax
 import pytest
 
+from dynamo_jax.cli import main
 from dynamo_jax.config import load_config
-from dynamo_jax.plan import GIB, ProgramPlan, compile_jobs, jobs, plan_command, run_jobs
+from dynamo_jax.plan import GIB, ProgramPlan, compile_job, jobs, plan_command, run_jobs
 from dynamo_jax.run.stopping import Ending
 from dynamo_jax.sharding import make_mesh
 from dynamo_jax.tasks.task import build_task
 from dynamo_jax.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARITHMETIC = ROOT / "configs" / "arithmetic_cpu.yaml"
 SMALL = [
     "warmup.steps=0", "rollout.prompts=8", "rollout.per_prompt=4", "rollout.batch=16", "trainer.mini_batch=16",
@@ -26,6 +28,7 @@ SMALL = [
     "logging.rollouts_per_step=0", "mesh.fsdp=2",
 ]  # fmt: skip
 
+UPDATE = ["score", "terms", "update", "update (apply)"]
 MATH = ["task.kind=math", "task.train=[no/data.parquet]", "task.tokenizer=no/tokenizer"]
 
 needs_libtpu = pytest.mark.skipif(
@@ -45,12 +48,12 @@ def test_planned_programs_are_those_that_the_trainer_runs(tmp_path):
     trainer._start()
     programs = (trainer.programs, trainer.allocation, trainer.sampler, trainer.eval_sampler)
     found = jobs(config, mesh, *programs)
-    assert [job.name for job in found] == ["allocate", "sample", "sample (eval)", "score", "update", "record"]
+    assert [job.name for job in found] == ["allocate", "sample", "sample (eval)", *UPDATE, "record"]
     for job in found:
         job.function.lower(*job.arguments)
     trainer.step(1)
     trainer._evaluate()
-    assert trainer.programs.traces == {"score": 1, "update": 1}
+    assert trainer.programs.traces == dict.fromkeys(UPDATE, 1)
     assert trainer.allocation.traces == {"allocate": 1, "record": 1}
     assert (trainer.sampler.traces, trainer.eval_sampler.traces) == (1, 1)
 
@@ -60,8 +63,8 @@ def test_memory_of_a_device_is_reported(tmp_path):
     config = small_config(tmp_path)
     found = {job.name: job for job in run_jobs(config, make_mesh(config.mesh))}
     assert "sample (eval)" not in found  # its settings are the training sampler's
-    (score,) = compile_jobs([found["score"]])
-    state = found["update"].arguments[0]
+    score = compile_job(found["score"])
+    state = found["update (apply)"].arguments[0]
     params, moments = (
         sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(tree))
         for tree in (state.params, state.opt_state)
@@ -75,7 +78,7 @@ def test_memory_of_a_device_is_reported(tmp_path):
 def test_masters_of_a_bfloat16_policy_stay_on_the_device_while_it_samples_and_scores(tmp_path):
     config = small_config(tmp_path, "policy.param_dtype=bfloat16")
     found = {job.name: job for job in run_jobs(config, make_mesh(config.mesh))}
-    state = found["update"].arguments[0]
+    state = found["update (apply)"].arguments[0]
     assert {x.dtype.name for x in jax.tree.leaves(state.masters)} == {"float32"}
     for name in ("sample", "score"):
         kept = {id(x) for x in jax.tree.leaves(found[name].resident)}
@@ -96,7 +99,7 @@ def test_a_known_vocabulary_needs_no_tokenizer_weights_or_data(tmp_path, load):
         policy = [f"policy.architecture={json.dumps(sizes)}"]
     config = small_config(tmp_path, *MATH, *policy)
     found = run_jobs(config, make_mesh(config.mesh))
-    assert [job.name for job in found] == ["allocate", "sample", "score", "update", "record"]
+    assert [job.name for job in found] == ["allocate", "sample", *UPDATE, "record"]
     embedding = next(job for job in found if job.name == "score").arguments[0]["embedding"]
     assert embedding.get_value().shape == (96, 32)
 
@@ -118,7 +121,7 @@ def test_verdict_names_the_remedy():
     assert plan.peak == 4 * GIB
     assert plan.verdict(4 * GIB) == "fits"
     assert "beside the 1.000 GiB" in plan.verdict(3.5 * GIB)
-    assert "policy.remat=true" in plan.verdict(3.5 * GIB)
+    assert "policy.remat=full" in plan.verdict(3.5 * GIB)
     failed = ProgramPlan("sample", 0, 1.0, error="Ran out of memory.")
     assert failed.peak is None
     assert failed.verdict(None).startswith("does not fit: Ran out of memory. Remedy: lower rollout.batch")
@@ -144,15 +147,93 @@ def run(*arguments):
     )
 
 
+def independent_sum(text, clock):
+    """Seconds: estimated cycles by another reading of the text, loops times the constant of their conditions."""
+    bodies = {}
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+            bodies[name := "ENTRY" if head[1] else head[2]] = []
+        elif line.startswith("  "):
+            bodies[name].append(line)
+
+    def cycles(name):
+        total = 0
+        for line in bodies[name]:
+            if loop := re.search(r"condition=%([\w.\-]+), body=%([\w.\-]+)", line):
+                inner = re.findall(r"calls=%([\w.\-]+)", "".join(bodies[loop[1]]))
+                condition = "".join(line for name in (loop[1], *inner) for line in bodies[name])
+                limits = re.findall(r" constant\((\d+)\)", condition)
+                total += max(map(int, limits), default=1) * cycles(loop[2])
+            elif branches := re.search(r"branch_computations=\{%([^}]*)\}", line):
+                total += max(cycles(branch) for branch in branches[1].split(", %"))
+            else:
+                total += sum(map(int, re.findall(r'estimated_cycles":"(\d+)"', line)))
+        return total
+
+    return cycles("ENTRY") / clock
+
+
 @needs_libtpu
-def test_plan_of_a_slice():
-    mesh = ["mesh.fsdp=2", "mesh.tensor=2"]
-    done = run("-m", "dynamo_jax", "plan", str(ARITHMETIC), *mesh, "--topology", "v5e:2x2")
+def test_plan_of_a_slice(tmp_path):
+    """The whole command. What it says of time agrees with another sum over the texts that it leaves."""
+    words = [str(ARITHMETIC), "mesh.fsdp=2", "mesh.tensor=2", "--topology", "v5e:2x2", "--price", "1.2"]
+    words += ["--lengths", "prompt=10,response=5", "--json", str(tmp_path / "p.json"), "--hlo", str(tmp_path / "hlo")]
+    done = run("-m", "dynamo_jax", "plan", *words)
     assert done.returncode == 0, done.stderr
     title, _, *rows = done.stdout.splitlines()
     assert title.startswith("v5e:2x2: 4 x TPU v5 lite, 15.75 GiB")
-    assert [row.split()[0] for row in rows] == ["allocate", "sample", "score", "update", "record"]
-    assert all(row.endswith("  fits") for row in rows)
+    names = ["allocate", "sample", *UPDATE, "record"]
+    assert [row.split()[0] for row in rows[:5]] == names
+    assert all(row.endswith("  fits") for row in rows[:5])
+    assert "prompts of 10 tokens, responses of 5 on the average (lognormal with sigma 0.8, cut at 8)" in done.stdout
+    assert "of 4 chips at $1.2 a chip-hour" in done.stdout
+
+    said = json.loads((tmp_path / "p.json").read_text())
+    step, programs = said["step"], said["programs"]
+    assert [one["name"] for one in programs] == names
+    for one in programs:
+        text = Path(one["hlo"]).read_text()
+        assert independent_sum(text, 1.5e9) + one["kernel_seconds"] == pytest.approx(one["seconds"], rel=1e-6)
+        assert text.startswith(f"// {one['name']}: {one['seconds']:.9f} s a call")
+        assert one["seconds_low"] <= one["seconds_high"]
+        assert len(one["costliest"]) == 5
+    assert any("dynamo_jax" not in e["where"] and "policy/model.py" in e["where"] for e in programs[3]["costliest"])
+    by_name = {one["name"]: one for one in programs}
+    for name in ("score", "update"):
+        assert step[f"{name}_seconds"] == pytest.approx(by_name[name]["calls"] * by_name[name]["seconds"])
+    assert step["sample_seconds"] < by_name["sample"]["seconds"]  # the longest of its responses ends before the limit
+    assert step["allocate_seconds"] < by_name["allocate"]["seconds"]
+    parts = ("sample", "score", "update", "allocate")
+    assert step["seconds"] == pytest.approx(sum(step[f"{part}_seconds"] for part in parts))
+    assert step["update_mfu"] == pytest.approx(step["model_flops"] / (step["update_seconds"] * 4 * 197e12))
+    assert step["dollars"] == pytest.approx(1.2 * 4 * step["seconds"] / 3600)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lengths", "prompt=9"], "--lengths prompt=9: the mean of response is missing"),
+        (["--lengths", "prompt=9,response=9"], "limit rollout.max_tokens = 8"),
+        (["--json", "no/such/p.json"], "--json no/such/p.json: is a folder, or in none. Give a file name"),
+        (["--json", "."], "--json .: is a folder"),
+        (["--hlo", "README.md"], "--hlo README.md: is no folder and cannot be made: File exists. Give another"),
+    ],
+)
+def test_bad_options_are_one_line_before_anything_compiles(monkeypatch, capsys, words, message):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("dynamo_jax.plan.command.topology_devices", lambda _: pytest.fail("went on"))
+    assert main(["plan", str(ARITHMETIC), "--topology", "v5e:2x2", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("price", ["much", "-1", "nan", "inf"])
+def test_a_price_is_a_number(capsys, price):
+    with pytest.raises(SystemExit) as error:
+        main(["plan", "c.yaml", "--topology", "v5e:2x2", "--price", price])
+    assert error.value.code == 2
+    assert f"argument --price: {price!r} is not a price in dollars, such as 1.2" in capsys.readouterr().err
 
 
 @needs_libtpu
@@ -174,12 +255,12 @@ def test_a_slice_that_does_not_do_is_one_line(topology, override, message):
 OUT_OF_MEMORY = """
 import jax, jax.numpy as jnp
 from dynamo_jax.config import MeshConfig
-from dynamo_jax.plan import Job, compile_jobs, topology_devices
+from dynamo_jax.plan import Job, compile_job, topology_devices
 from dynamo_jax.sharding import make_mesh, sharding
 
 where = sharding(make_mesh(MeshConfig(fsdp=4), topology_devices("v5e:2x2")), "batch")
 x = jax.ShapeDtypeStruct((4, 2**33), jnp.float32, sharding=where)
-(plan,) = compile_jobs([Job("update", jax.jit(lambda x: x * 2), (x,))])
+plan = compile_job(Job("update", jax.jit(lambda x: x * 2), (x,)))
 print(plan.verdict(None))
 """
 

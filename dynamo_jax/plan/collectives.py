@@ -1,0 +1,77 @@
+"""What devices send one another in a program, and how long their links are busy with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from dynamo_jax.plan.chips import Chip
+from dynamo_jax.plan.hlo import Instruction, Program
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program, as a device of its group sees it."""
+
+    kind: str
+    channel: str  # the parts of one that runs beside other instructions share it
+    bytes: float  # of this device's operands
+    group: int  # devices
+
+    @property
+    def wire(self) -> float:
+        """Bytes that each device sends, in the usual algorithm round a ring of n devices.
+
+        An all-gather sends every other device's part, (n - 1) b; a reduce-scatter (n - 1) / n of b; an all-reduce is
+        both, 2 (n - 1) / n of b; in an all-to-all the n parts of b go n / 4 hops on the average; a permute sends b.
+        """
+        n, b = self.group, self.bytes
+        return {
+            "all-gather": (n - 1) * b,
+            "reduce-scatter": (n - 1) / n * b,
+            "all-reduce": 2 * (n - 1) / n * b,
+            "all-to-all": n / 4 * b if n > 1 else 0.0,
+            "collective-permute": b,
+        }[self.kind]
+
+    def seconds(self, chip: Chip) -> float:
+        """On one ring of neighbours, in both directions; a permute goes one way."""
+        return self.wire / (chip.link if self.kind == "collective-permute" else chip.ring)
+
+
+def collectives_of(program: Program, computation: str, instruction: Instruction) -> Iterator[Collective]:
+    """The collectives that an instruction is, starts or holds in its fused computation.
+
+    The end of one that was started (`-done`) is not counted again. A fusion `all-reduce-scatter` is what TPUs have in
+    place of a reduce-scatter: an all-reduce of which each device keeps its part.
+    """
+    found = re.fullmatch(rf"({'|'.join(KINDS)})(-start)?", instruction.opcode)
+    if found is None:
+        called = instruction.called()
+        for inner in program.body(called):
+            for one in collectives_of(program, called or "", inner):
+                scattered = one.kind == "all-reduce" and "reduce-scatter" in f"{instruction.name} {called}"
+                yield dataclasses.replace(one, kind="reduce-scatter") if scattered else one
+        return
+    operands = [program.find(computation, name) for name in instruction.operands]
+    size = sum(array.bytes for made in operands if made is not None for array in made.arrays)
+    channel = re.search(r"channel_id=(\d+)", instruction.text)
+    group = _group(instruction.text)
+    yield Collective(found[1], channel[1] if channel else instruction.name, size, group)
+
+
+def _group(text: str) -> int:
+    """Devices of a group: `{{0,1},{2,3}}`, `[groups,size]<=...` or `mesh['a'=2,'b'=4] {'b'}`; 1 if none is named."""
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # a part of an axis gives its own size
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return 2 if "source_target_pairs" in text else 1
