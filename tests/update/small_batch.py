@@ -67,7 +67,8 @@ def now_stats() -> TokenStats:
     @jax.jit
     def run(params: Any) -> TokenStats:
         model = nnx.merge(graph, params)
-        return row_stats(model, model.tables(), rows, mask, 0.7)
+        tables = model.tables()
+        return row_stats(model, model.embedded(rows.tokens, tables.embedding), tables.head, rows, mask, 0.7)
 
     return TokenStats(*(of_rollouts(mini, x[None], C) for x in run(params())))
 

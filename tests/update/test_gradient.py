@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -25,7 +26,8 @@ from dynamo_jax.update.steps import PolicyUpdate
 
 def test_statistics_are_those_of_each_rollout_alone_without_padding() -> None:
     """The slot before a token predicts it, whatever the padding holds: a rollout on its own has none to be wrong."""
-    model, rollouts, stats = nnx.merge(graph_of(CONFIG), params()), flat(), now_stats()
+    model = nnx.merge(graph_of(CONFIG), jax.tree.map(jnp.asarray, params()))
+    rollouts, stats = flat(), now_stats()
     for m in (1, 2, 6):  # one token after one, some of each, all after two: each shape is compiled
         start, length = L - rollouts.prompt_length_M[m], rollouts.length_M[m]
         tokens = np.concatenate([rollouts.prompts_ML[m, start:], rollouts.tokens_MC[m, :length]])
@@ -45,7 +47,8 @@ def stats_of(mini: MiniBatch) -> TokenStats:
     @jax.jit
     def run(params: Any, rows: Any, mask: Any) -> TokenStats:
         model = nnx.merge(graph_of(CONFIG), params)
-        return row_stats(model, model.tables(), rows, mask, 0.7)
+        tables = model.tables()
+        return row_stats(model, model.embedded(rows.tokens, tables.embedding), tables.head, rows, mask, 0.7)
 
     return jax.tree.map(lambda x: np.asarray(x).reshape(mini.batch.rows.tokens.shape), run(params(), rows, mask))
 
