@@ -103,7 +103,13 @@ def test_overrides_may_stand_anywhere(monkeypatch, words):
 
 @pytest.mark.parametrize("override", ["run_dir=-x --y  z ", "run_dir=a\nb=c", "run_dir=", "task.train=*", "seed=-1"])
 @pytest.mark.parametrize(
-    "words", ["train", "eval --checkpoint c", "export --checkpoint c --out o", "plan --topology v"]
+    "words",
+    [
+        "train",
+        "eval --checkpoint c",
+        "export --checkpoint c --out o",
+        "plan --topology v --lengths prompt=1,response=2",
+    ],
 )
 def test_an_override_is_one_word_whatever_it_holds(monkeypatch, words, override):
     seen = []

@@ -44,9 +44,9 @@ def plan_command(
     and options that make no sense.
     """
     said = read_lengths(lengths, config)
-    _check_places(json_file, hlo)
     if searching and hlo is not None:
         raise ValueError("--search compiles many plans and keeps none: leave --hlo out, and give it with the best one.")
+    _check_places(json_file, hlo)
     devices = topology_devices(topology)
     chip = chip_of(devices[0].device_kind, topology)
     if searching:

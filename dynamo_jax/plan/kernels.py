@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 from dynamo_jax.plan.chips import Chip
 from dynamo_jax.plan.hlo import Array, Instruction, Program
@@ -36,24 +37,18 @@ def kernel_work(program: Program, computation: str, kernel: Instruction) -> Work
         said = {name: float(value) for name, value in re.findall(r'"(\w+)":"?([\d.e+]+)', found[1])}
         return Work(said.get("flops", 0.0), said.get("bytes_accessed", moved), "its cost estimate")
     operands = [array for name in kernel.operands if (made := program.find(computation, name)) for array in made.arrays]
-    if "splash" in kernel.text and (products := _splash_products(kernel)):
-        return Work(_splash_flops(operands, products), moved, "splash attention's shapes, causal")
+    if found := re.search(r"splash_\w*?_(fwd|dq|dkv)(?![a-z])", kernel.text):
+        flops = _splash_flops(found[1], operands, kernel.arrays)
+        return Work(flops, moved, "splash attention's shapes, causal")
     return Work(0.0, moved, "operands and results")
 
 
-def _splash_products(kernel: Instruction) -> int | None:
-    found = re.search(r"splash_\w*?_(fwd|dq|dkv)(?![a-z])", kernel.text)
-    if found is None:
-        return None
-    fused = found[1] == "dkv" and re.search(r"use_fused_bwd_kernel\W+true", kernel.text)
-    return _PRODUCTS[found[1]] + bool(fused)
-
-
-def _splash_flops(operands: list[Array], products: int) -> float:
+def _splash_flops(kind: str, operands: Sequence[Array], results: Sequence[Array]) -> float:
     """FLOPs of the blocks that a causal mask leaves.
 
     The kernel's first operands say, for each block of queries and of keys, what is to be done: integers of shape
-    [heads, query blocks, key blocks]. Then come queries [..., query heads, S, H] and keys [..., S, H].
+    [heads, query blocks, key blocks]. Then come queries [..., query heads, S, H] and keys [..., S, H]. Of the fused
+    kernel one result is the gradient of the queries for each block of keys, yet to be added up.
     """
     floats = [array for array in operands if array.dtype.startswith(("bf", "f"))]
     q, k = floats[0], floats[1]
@@ -61,4 +56,6 @@ def _splash_flops(operands: list[Array], products: int) -> float:
     grid = next((a.shape for a in operands if a.dtype.startswith("s") and len(a.shape) == 3), (1, 1, 1))
     rows, columns = queries // grid[1], keys // grid[2]
     blocks = sum(column * columns < (row + 1) * rows for row in range(grid[1]) for column in range(grid[2]))
+    fused = kind == "dkv" and any(len(array.shape) > len(q.shape) for array in results)
+    products = _PRODUCTS[kind] + fused
     return 2.0 * products * math.prod(q.shape[:-2]) * blocks * rows * columns * head

@@ -49,16 +49,18 @@ def program_line(one: ProgramEstimate, chip: Chip) -> str:
 
 def details(one: ProgramEstimate) -> Iterator[str]:
     """Where a program's time goes: resources, what is sent, kernels, the costliest instructions."""
-    cost = one.cost
-    if cost is None:
+    cost, usual = one.cost, one.usual
+    if cost is None or usual is None:
         return
     shares = ", ".join(f"{name} {seconds / cost.seconds:.0%}" for name, seconds in _largest(cost.by_resource))
     yield (
         f"{one.name}: {_seconds(cost.seconds)} s a call ({shares}); with what is sent {_seconds(cost.low)} s if all "
         f"of it goes on meanwhile, {_seconds(cost.high)} s if none does\n"
     )
+    if usual.seconds != cost.seconds:
+        yield f"  {_seconds(usual.seconds)} s with these lengths, as its loops then end before their limits\n"
     for kind, sent in _largest(cost.collectives):
-        yield f"  {kind}: a device sends {sent / GIB:.3f} GiB\n"
+        yield f"  {kind}: a device sends {sent / GIB:.3g} GiB\n"
     for kernel in cost.kernels:
         yield (
             f"  kernel {kernel.name}: {_seconds(kernel.seconds)} s in {kernel.turns:.0f} turns at the chip's peak, of "
@@ -182,4 +184,4 @@ def _largest(amounts: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def _seconds(x: float) -> str:
-    return f"{x:.3f}" if x >= 0.0995 else f"{x:.3g}"
+    return f"{x:.1f}" if x >= 100 else f"{x:.3f}" if x >= 0.0995 else f"{x:.3g}"

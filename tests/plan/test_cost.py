@@ -130,29 +130,30 @@ def test_sizes_of_groups(groups, size):
 
 
 SPLASH = """
-ENTRY %main (q: bf16[2,3,4096,128], k: bf16[2,4096,128], v: bf16[2,4096,128], m: s8[1,8,8]) -> bf16[2,3,4096,128] {
+ENTRY %main (q: bf16[2,3,4096,128], k: bf16[2,4096,128], v: bf16[2,4096,128], m: s8[1,8,8]) -> RESULT {
   %q = bf16[2,3,4096,128]{3,2,1,0} parameter(0)
   %k = bf16[2,4096,128]{2,1,0} parameter(1)
   %v = bf16[2,4096,128]{2,1,0} parameter(2)
   %m = s8[1,8,8]{2,1,0} parameter(3)
-  ROOT %attention.1 = bf16[2,3,4096,128]{3,2,1,0} custom-call(%m, %q, %k, %v), METADATA
+  ROOT %attention.1 = RESULT custom-call(%m, %q, %k, %v), custom_call_target="tpu_custom_call", METADATA
 }
 """
+OUT, KEYS = "bf16[2,3,4096,128]{3,2,1,0}", "bf16[2,4096,128]{2,1,0}"
 
 
 @pytest.mark.parametrize(
-    ("kernel", "products"),
+    ("kernel", "result", "products"),
     [
-        ("splash_mqa_fwd_segmented_residuals", 2),
-        ("splash_mha_dq_no_residuals", 3),
-        ("splash_mqa_dkv_segmented_no_residuals", 4),
-        ('splash_mqa_dkv_no_residuals {\\"use_fused_bwd_kernel\\": true}', 5),
+        ("splash_mqa_fwd_segmented_residuals", OUT, 2),
+        ("splash_mha_dq_no_residuals", OUT, 3),
+        ("splash_mqa_dkv_segmented_no_residuals", f"({KEYS}, {KEYS})", 4),
+        ("splash_mha_dkv_no_residuals", f"(bf16[8,2,3,4096,128]{{4,3,2,1,0}}, {KEYS}, {KEYS})", 5),  # the fused one
     ],
 )
-def test_splash_attention_makes_the_blocks_that_a_causal_mask_leaves(kernel, products):
+def test_splash_attention_makes_the_blocks_that_a_causal_mask_leaves(kernel, result, products):
     """8 x 8 blocks of 512: 36 on and below the diagonal, for 6 heads. [512, 128] times [128, 512] is 2^26 FLOPs."""
     name = f"jit(f)/jit(_splash_attention)/{kernel}/pallas_call"
-    text = SPLASH.replace("METADATA", f'custom_call_target="tpu_custom_call", metadata={{op_name="{name}"}}')
+    text = SPLASH.replace("METADATA", f'metadata={{op_name="{name}"}}').replace("RESULT", result)
     (found,) = program_cost(parse(text), V5E).kernels
     assert found.work.flops == products * 6 * 36 * 2**26
     assert found.seconds == found.work.flops / 197e12
