@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts
-from dynamo_jax.step_metrics import allocation_metrics, not_finite, rollout_metrics, shares, update_metrics
+from dynamo_jax.step_metrics import (
+    allocation_metrics,
+    logp_drift,
+    not_finite,
+    packing_metrics,
+    rollout_metrics,
+    shares,
+    update_metrics,
+)
+from dynamo_jax.update import MiniBatch
+from dynamo_jax.update.packing import Shape
 
 
 def test_allocation_by_hand() -> None:
