@@ -26,7 +26,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "pyarrow>=17",
-        "pydantic>=2.9",
+        "pydantic>=2.11",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "sympy>=1.13",
@@ -55,7 +55,7 @@ setup(
         "math_verify": ["math-verify>=0.8"],  # only for task.reward.kind = math_verify_compat
         "gcs": ["gcsfs>=2024.6", "google-cloud-storage>=2.18"],  # run_dir=gs://...; orbax asks through the second
         "tpu": ["jax[tpu]>=0.9"],
-        "cuda": ["jax[cuda13]>=0.9"],
+        "cuda": ["jax[cuda13]>=0.10"],  # the names that the kernel for Hopper uses
         "wandb": ["wandb>=0.19"],
     },
     entry_points={"console_scripts": ["dynamo-jax = dynamo_jax.cli:main"]},

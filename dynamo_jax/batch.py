@@ -61,6 +61,7 @@ class PackedRows(NamedTuple):
     rollout: jax.Array  # int32, 0 .. M - 1; M: padding
     position: jax.Array  # int32, the token's place in prompt and completion, from 0
     sampled_logp: jax.Array  # float32, nats, of the token that the slot predicts, as the sampler saw it
+    reference_logp: jax.Array | None = None  # the same under the reference policy, where the loss has a KL to it
 
 
 class TrainBatch(NamedTuple):
@@ -84,6 +85,7 @@ class Tokens(NamedTuple):
     weight: jax.Array  # float32, its rollout's
     random: jax.Array  # uint32, its rollout's
     sampled_logp: jax.Array  # float32, nats
+    reference_logp: jax.Array | None = None  # float32, nats
 
 
 class Pool(NamedTuple):
@@ -120,4 +122,5 @@ def tokens_of(batch: TrainBatch, rows: PackedRows) -> Tokens:
         look_up(batch.weight_M),
         look_up(batch.random_M),
         rows.sampled_logp,
+        rows.reference_logp,
     )

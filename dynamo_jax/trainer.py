@@ -16,7 +16,7 @@ from dynamo_jax.allocation.build import make_allocation
 from dynamo_jax.allocation.programs import AllocationState
 from dynamo_jax.batch import Pool, Rollouts
 from dynamo_jax.config import Config
-from dynamo_jax.evaluation.scores import evaluate
+from dynamo_jax.evaluation.scores import evaluate_each
 from dynamo_jax.hosts.peers import watched
 from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.hosts.watchdog import Watchdog
@@ -58,7 +58,7 @@ from dynamo_jax.step_metrics import (
 from dynamo_jax.tasks.prompts import PromptIterator
 from dynamo_jax.tasks.rewards import Grading, verdict_of
 from dynamo_jax.tasks.task import Task, build_task
-from dynamo_jax.update import Programs, State, pack
+from dynamo_jax.update import Programs, State, make_reference, pack
 from dynamo_jax.warmup import warmed_up
 
 log = logging.getLogger("dynamo_jax")
@@ -122,6 +122,7 @@ class Trainer:
         self.decoder = decoder_config(c, task.tokenizer.size, mesh)
         graph, abstract_params = abstract_policy(self.decoder)
         self.programs = Programs(graph, abstract_params, c, mesh)
+        self.reference = make_reference(c, self.programs)
         self.allocation = make_allocation(c, task.train, mesh)
         self.sampler, self.eval_sampler = make_samplers(graph, c, task.tokenizer, mesh)
         self.rounds, o = make_rounds(c), c.objective
@@ -157,13 +158,15 @@ class Trainer:
         # Which rollouts are trained on, what each is worth, and how likely its tokens are before the first update.
         with self.phase("score"):
             rows_B = self.rounds.trained_rows(pool, self._random(step, CHOOSE))
-            advantage_R, weight_R = self._advantages(pool, rows_B)
+            paying, of_reference = self.reference.in_reward(pool)
+            advantage_R, weight_R = self._advantages(paying, rows_B)
             random_R = self._random(step, SELECT).integers(2**32, size=len(advantage_R), dtype=np.uint32)
             order_B = self._random(step, PERMUTE).permutation(rows_B)
             batches = [
                 self.programs.place(pack(pool, advantage_R, weight_R, random_R, rows_M, self.programs.shape))
                 for rows_M in order_B.reshape(-1, c.mini_batch)
             ]
+            batches = [self.reference.in_loss(batch) for batch in batches]
             scored = []
             for batch in batches if self.programs.scores_first else []:
                 scored.append(self.programs.score(self.state.params, batch))
@@ -195,6 +198,7 @@ class Trainer:
             **packing_metrics(batches, self.programs.shape),
             **self.rounds.metrics(sampled, pool, rows_B),
             **shaping_metrics(c, pool),
+            **of_reference,
             "verifier/killed": int(total(np.array(self.task.verifier.counts.get("killed", 0) - killed))),
             "objective/skipped_updates": skipped_updates(step, updates),
             "rollout/logp_drift": logp_drift(drift, updates),
@@ -305,6 +309,7 @@ class Trainer:
             params = warmed_up(self.decoder, c, heldout, key, self.stopping.check)
         else:
             params = init_policy(self.decoder, key)
+        self.reference.start(params, self.keeper)
         self.state, self.history = self.programs.init(params), self.allocation.init()
 
     def _resume(self) -> tuple[int | None, Mapping[str, Any] | None]:
@@ -317,31 +322,24 @@ class Trainer:
                 f"{self.places.checkpoints}: this run was evaluated on other prompts than the held-out files hold now: "
                 "its scores would be of two benchmarks. Restore the files, or set another run_dir to start a new run."
             )
+        self.reference.resume(self.keeper)
         self.state, self.history = saved.train, saved.history
         self.data.restore(saved.data)
         log.info("Resuming after step %d", self.keeper.saved)
         return self.keeper.saved, saved.line
 
     def _evaluate(self) -> dict[str, float]:
-        e = self.config.eval
-        metrics: dict[str, float] = {}
         with self.phase("eval"):
-            for number, prompts in enumerate(self.task.evals):
-                # The same random numbers each time: scores differ by the policy, not by luck.
-                key = jax.random.fold_in(self._key(0, EVALUATE), number)
-                evaluation = evaluate(
-                    self.eval_sampler,
-                    self.state.params,
-                    prompts,
-                    e.samples,
-                    key,
-                    self.task.tokenizer,
-                    self.task.verifier,
-                    self.config.task.max_prompt_tokens,
-                    each_piece=self.stopping.check,
-                )
-                metrics |= evaluation.metrics(e.k)
-        return metrics
+            return evaluate_each(
+                self.eval_sampler,
+                self.state.params,
+                self.task.evals,
+                self.config,
+                self._key(0, EVALUATE),  # the same each time: scores differ by the policy, not by luck
+                self.task.tokenizer,
+                self.task.verifier,
+                each_piece=self.stopping.check,
+            )
 
     def _finish(self, step: int, metrics: dict[str, Any]) -> None:
         """Save what the step has made before anything else takes its time; then evaluate, and write the step's line."""

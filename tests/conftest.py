@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Hundreds of tiny programs run a few times each: without this a third of the time goes into optimizing them.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+# benchmarks/gpu.py asks for cuda, for some of the tests. Whatever else is set does not count.
+os.environ["JAX_PLATFORMS"] = os.environ.get("DYNAMO_JAX_TEST_PLATFORM", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Hundreds of tiny programs run a few times each: without this a third of the time goes into optimizing them.
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
 
 from collections.abc import Iterator
 

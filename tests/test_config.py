@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.yaml"))
 # What a recipe leaves open because it is on the user's disk.
 OPEN = ["task.train=[train.jsonl]", "task.tokenizer=folder"]
+KL_IN_REWARD = "objective.kl={coefficient: 0.1, in: reward}"
 MINIMAL = "run_dir: r\npolicy: {architecture: {}}\n"
 
 
@@ -251,7 +253,7 @@ def changed(tmp_path: Path, *overrides: str) -> list[str]:
     "override",
     ["run_dir=x", "device=cpu", "mesh.data=2", "trainer.steps=7", "trainer.micro_batch=64", "rollout.batch=64",
      "policy.remat=true", "checkpoint.every=3", "checkpoint.keep=9", "logging.progress=false", "verifier.workers=7",
-     "task.allow_overlap=true"],
+     "task.allow_overlap=true", "objective.kl.host_memory=true"],
 )  # fmt: skip
 def test_where_and_how_fast_may_change_on_resume(tmp_path, override):
     assert changed(tmp_path, override) == []
@@ -280,6 +282,23 @@ def test_a_section_that_appears_is_a_difference(tmp_path):
     assert {"policy.load", "policy.architecture.hidden_size"} <= set(names)
 
 
+def test_a_longer_run_may_not_stretch_the_fall_of_its_learning_rate(tmp_path):
+    """1,024 rollouts a step in mini-batches of 256: 4 updates."""
+    batch = ["rollout.prompts=64", "rollout.per_prompt=16", "trainer.mini_batch=256", "trainer.steps=100"]
+
+    def of(*overrides: str) -> dict[str, object]:
+        return resolved(load(tmp_path, MINIMAL, *batch, *overrides))
+
+    old = of("optimizer.schedule=cosine")
+    assert differences(old, of("optimizer.schedule=cosine", "trainer.steps=200")) == [
+        "optimizer.decay_steps: 400 -> 800"
+    ]
+    assert differences(old, of("optimizer.schedule=cosine", "trainer.steps=200", "optimizer.decay_steps=400")) == []
+    assert differences(of(), of("trainer.steps=200")) == []
+    before = {**old, "optimizer": {"learning_rate": 5e-4}}  # as it was before there were schedules
+    assert differences(before, of("trainer.steps=200")) == []
+
+
 def test_free_keys_exist(tmp_path):
     tree = resolved(load(tmp_path, MINIMAL))
     for key in FREE_ON_RESUME:
@@ -290,6 +309,24 @@ def test_free_keys_exist(tmp_path):
 
 
 # --- errors of the tree; those of whole files and commands are in test_cli.py and test_cli_config.py
+
+
+def test_a_key_that_is_no_name_in_python_is_written_as_it_is(tmp_path):
+    config = load(tmp_path, f"{MINIMAL}objective: {{kl: {{in: reward}}}}\n", "objective.kl.estimator=k1")
+    kl = config.objective.kl
+    assert (kl.in_, dataclasses.replace(kl, in_="loss").in_) == ("reward", "loss")
+    assert resolved(config)["objective"]["kl"] == {
+        "coefficient": 0.0, "estimator": "k1", "in": "reward", "host_memory": False,
+    }  # fmt: skip
+    assert load(tmp_path, dump_config(config)) == config
+    other = load(tmp_path, MINIMAL, "objective.kl.estimator=k1", "objective.kl.in=loss")
+    assert differences(resolved(config), resolved(other)) == ["objective.kl.in: 'reward' -> 'loss'"]
+    for override, message in (
+        ("objective.kl.in_=loss", "objective.kl.in_: unknown key. Did you mean 'in'?"),
+        ("objective.kl.in=los", "objective.kl.in = \"los\": should be 'loss' or 'reward'"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load(tmp_path, MINIMAL, override)
 
 
 def test_every_wrong_key_is_reported_at_once(tmp_path):
@@ -346,6 +383,14 @@ def test_base_that_cannot_be_used_is_named(tmp_path, text, words):
         ("objective.clip_cov={enabled: true, low: 5.0}", "objective.clip_cov.low"),
         ("objective.overlong.enabled=true", "objective.overlong.buffer"),
         ("objective.fork_fraction=1.0", "objective.fork_fraction"),
+        ("objective.correction={kind: mask, low: 2.5}", "objective.correction.low"),
+        ("objective.correction={low: 1.5}", "objective.correction.low"),
+        ("objective.correction={kind: truncate, high: 0.9}", "objective.correction.high"),
+        ("optimizer.floor=0.1", "optimizer.floor"),
+        ("optimizer.decay_steps=9", "optimizer.decay_steps"),
+        ("optimizer={schedule: linear, warmup_steps: 150}", "optimizer.warmup_steps"),
+        ("optimizer={schedule: cosine, warmup_steps: 20, decay_steps: 20}", "optimizer.warmup_steps"),
+        ("optimizer.rounding=stochastic", "optimizer.rounding"),
         ("allocation.rule=released", "allocation.half_life"),
         ("allocation={rule: released, half_life: 1e8}", "allocation.half_life"),
     ],
@@ -370,6 +415,15 @@ def test_counts_that_must_not_fade_say_how(tmp_path):
         (["objective.overlong={enabled: true, buffer: 2}", "objective.advantage=w_reinforce"], "no graded reward"),
         (["rollout.dynamic_sampling.enabled=true", "allocation.rule=reinforce_ada"], "rounds of its own"),
         (["objective.ratio=sequence", "modulation.entropy_change=sequence_mean"], "ratios of tokens"),
+        (
+            ["objective.kl={coefficient: 0.1, in: reward}", "objective.advantage=w_reinforce"],
+            r"kl.in = .* right and wr",
+        ),
+        (
+            ["objective.kl={coefficient: 0.1, in: reward}", "rollout.dynamic_sampling.enabled=true"],
+            "Set objective.kl.in",
+        ),
+        (["objective.kl={coefficient: 0.1, in: reward}", "allocation.rule=reinforce_ada"], "before the reference has"),
         (["objective.kl_cov.enabled=true"], r"one update .*Set trainer.mini_batch to a part of the 512 rollouts"),
         (["objective.kl_cov.enabled=true", "trainer.mini_batch=512"], "one update"),
     ],

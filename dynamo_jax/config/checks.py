@@ -31,6 +31,8 @@ def impossible(c: Config) -> list[Problem]:
         *_temperature_problems(c),
         *_allocation_problems(c),
         *_objective_problems(c),
+        *_kl_problems(c),
+        *_optimizer_problems(c),
         *_task_problems(c),
         *_policy_problems(c),
     ]
@@ -110,6 +112,15 @@ def _objective_problems(c: Config) -> list[Problem]:
     if (o.clip_low is None) != (o.clip_high is None):
         why = f"clip_low = {o.clip_low} and clip_high = {o.clip_high} bound the ratio together"
         problems.append(("objective.clip_low", o.clip_low, why, "Give both, or null for both."))
+    low, high = o.correction.low, o.correction.high
+    if low >= high:
+        why = f"is not below objective.correction.high = {high}"
+        problems.append(("objective.correction.low", low, why, "Lower it, to 0.5 for example."))
+    elif not low <= 1 <= high:
+        name, value = ("low", low) if low > 1 else ("high", high)
+        why = "cuts tokens on which sampler and trainer agree, whose weight is 1"
+        remedy = "Lower it to at most 1." if low > 1 else "Raise it to at least 1."
+        problems.append((f"objective.correction.{name}", value, why, remedy))
     if o.clip_cov.enabled and o.clip_cov.low >= o.clip_cov.high:
         why = f"is not below objective.clip_cov.high = {o.clip_cov.high}"
         problems.append(("objective.clip_cov.low", o.clip_cov.low, why, "Lower it."))
@@ -135,6 +146,43 @@ def _objective_problems(c: Config) -> list[Problem]:
     if c.rollout.dynamic_sampling.enabled and c.allocation.rule == "reinforce_ada":
         why = "reinforce_ada samples in rounds of its own"
         problems.append(("rollout.dynamic_sampling.enabled", True, why, "Use one of the two."))
+    return problems
+
+
+def _kl_problems(c: Config) -> list[Problem]:
+    kl, key = c.objective.kl, "objective.kl.in"
+    if not kl.coefficient or kl.in_ == "loss":
+        return []
+    problems: list[Problem] = []
+    if c.objective.advantage == "w_reinforce":
+        why = "objective.advantage = w_reinforce knows right and wrong only, nothing that is taken from a reward"
+        problems.append((key, kl.in_, why, "Set objective.kl.in=loss, or choose another advantage."))
+    rounds = {
+        "rollout.dynamic_sampling.enabled = true": c.rollout.dynamic_sampling.enabled,
+        "allocation.rule = reinforce_ada": c.allocation.rule == "reinforce_ada",
+    }
+    for setting in (name for name, on in rounds.items() if on):
+        why = f"{setting} chooses rollouts by their rewards before the reference has seen them"
+        problems.append((key, kl.in_, why, "Set objective.kl.in=loss."))
+    return problems
+
+
+def _optimizer_problems(c: Config) -> list[Problem]:
+    o = c.optimizer
+    problems: list[Problem] = []
+    if o.schedule != "constant" and (o.decay_steps or c.updates) <= o.warmup_steps:
+        end = f"optimizer.decay_steps = {o.decay_steps}" if o.decay_steps else f"the run's {c.updates} updates"
+        why = f"leaves nothing of {end} to optimizer.schedule = {o.schedule}"
+        problems.append(("optimizer.warmup_steps", o.warmup_steps, why, "Lower it, or set schedule=constant."))
+    if o.schedule == "constant" and o.floor:
+        why = "a constant rate has no end to fall to"
+        problems.append(("optimizer.floor", o.floor, why, "Set optimizer.schedule to linear or cosine."))
+    if o.schedule == "constant" and o.decay_steps:
+        why = "a constant rate does not decay"
+        problems.append(("optimizer.decay_steps", o.decay_steps, why, "Set optimizer.schedule to linear or cosine."))
+    if o.rounding == "stochastic" and c.policy.param_dtype == "float32":
+        why = "parameters in float32 are not rounded"
+        problems.append(("optimizer.rounding", o.rounding, why, "Set policy.param_dtype=bfloat16."))
     return problems
 
 

@@ -21,6 +21,15 @@ Ratio = Literal["token", "sequence"]
 OldLogp = Literal["score", "sampler"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
+CorrectionKind = Literal["none", "truncate", "mask"]
+CorrectionLevel = Literal["token", "sequence"]
+
+KLEstimator = Literal["k1", "k2", "k3"]
+KLPlace = Literal["loss", "reward"]
+
+Schedule = Literal["constant", "linear", "cosine"]
+Rounding = Literal["masters", "stochastic"]
+
 Scope = Literal["minibatch", "microbatch"]
 Baseline = Literal["exact", "sequence_mean"]
 

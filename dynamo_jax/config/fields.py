@@ -32,8 +32,8 @@ def type_below(section: Any, key: str) -> Any:
 
 
 def fields(section: Any) -> dict[str, Any]:
-    """The settings of a section by their names; none of anything else."""
-    return getattr(section, "__pydantic_fields__", {})
+    """The settings of a section by their names, as they are written; none of anything else."""
+    return {field.alias or name: field for name, field in getattr(section, "__pydantic_fields__", {}).items()}
 
 
 def plain_type(annotation: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from dynamo_jax.config.tree import Config
 FREE_ON_RESUME = (
     "run_dir", "device", "mesh", "trainer.steps", "trainer.micro_batch", "trainer.row_tokens",
     "trainer.compilation_cache", "rollout.batch",
-    "policy.remat", "checkpoint", "logging", "verifier.workers", "watchdog",
+    "policy.remat", "objective.kl.host_memory", "checkpoint", "logging", "verifier.workers", "watchdog",
     "task.allow_overlap",
 )  # fmt: skip
 
@@ -53,7 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def resolved(config: Config) -> dict[str, Any]:
     """The complete tree as plain dicts, lists and scalars: what `config.yaml` of a run folder holds."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[call-overload]
+    return _plain(config)
 
 
 def dump_config(config: Config) -> str:
@@ -65,9 +64,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], free: Sequence[str] = 
     """`key: old -> new` for each resolved key that differs and changes the result (is not under `free`).
 
     A key that `old` lacks, as it was written before there was such a key, counts as its default; `~/x` and the path
-    that it stands for are the same.
+    that it stands for are the same. Where the learning rate falls to the run's last update, `optimizer.decay_steps` is
+    the number of that: a run that goes on longer needs it set to what it was.
     """
-    a, b = _flatten(_with_defaults(old, Config), Config), _flatten(new, Config)
+    a, b = (_with_decay_steps(_flatten(tree, Config)) for tree in (_with_defaults(old, Config), new))
     if "microbatch" in (a.get("modulation.scope"), b.get("modulation.scope")):
         free = [key for key in free if key not in ("trainer.micro_batch", "trainer.row_tokens")]
     return [
@@ -84,12 +84,18 @@ def _with_defaults(tree: dict[str, Any], section: Any) -> dict[str, Any]:
         for name, field in fields(section).items()
         if name not in tree and not field.is_required()
     }
-    defaults = json.loads(json.dumps(newer, default=dataclasses.asdict))
+    defaults = _plain(newer)
     known = {
         name: _with_defaults(value, type_below(section, name)) if isinstance(value, dict) else value
         for name, value in tree.items()
     }
     return {**defaults, **known}
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    """A section, or some of its settings by their names, as plain values by the keys that are written."""
+    tree: dict[str, Any] = pydantic.TypeAdapter(Any).dump_python(section, mode="json", by_alias=True)
+    return tree
 
 
 def _flatten(tree: dict[str, Any], section: Any, prefix: str = "") -> dict[str, Any]:
@@ -102,6 +108,15 @@ def _flatten(tree: dict[str, Any], section: Any, prefix: str = "") -> dict[str, 
         else:
             flat[prefix + name] = _expanded(value) if holds_paths(section, name) else value
     return flat
+
+
+def _with_decay_steps(flat: dict[str, Any]) -> dict[str, Any]:
+    """Of a rate that falls over the whole run: how many updates these are (`Config.updates`)."""
+    if flat["optimizer.schedule"] == "constant" or flat["optimizer.decay_steps"] is not None:
+        return flat
+    budget = flat["rollout.prompts"] * flat["rollout.per_prompt"]
+    updates = flat["trainer.steps"] * (budget // (flat["trainer.mini_batch"] or budget))
+    return {**flat, "optimizer.decay_steps": updates}
 
 
 def _expanded(value: Any) -> Any:
@@ -166,6 +181,6 @@ def _parse(where: str, tree: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(f"{where}: {line}" for line in misread))
     try:
         # JSON mode: strict about numbers and strings, yet lists become tuples.
-        return pydantic.TypeAdapter(Config).validate_json(text)
+        return pydantic.TypeAdapter(Config).validate_json(text, by_alias=True, by_name=False)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(f"{where}: {explain(e, tree)}" for e in error.errors())) from None

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from dynamo_jax.config import choices
-from dynamo_jax.config.kinds import STRICT, NonNegativeFloat, Probability
+from dynamo_jax.config.kinds import ALIASED, STRICT, NonNegativeFloat, Probability
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -105,6 +105,26 @@ class KLCovConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class CorrectionConfig:
+    """Importance weights where sampler and trainer disagree on probabilities. See `objective/correction.py`."""
+
+    kind: choices.CorrectionKind = "none"
+    level: choices.CorrectionLevel = "token"
+    low: NonNegativeFloat = 0.5  # mask only: a weight below counts 0
+    high: PositiveFloat = 2.0  # a weight above counts as much (truncate) or 0 (mask)
+
+
+@dataclass(frozen=True, config=ALIASED)
+class KLConfig:
+    """What the policy pays for leaving the one before training. See `objective/kl.py`."""
+
+    coefficient: NonNegativeFloat = 0.0  # 0: off, and there is no reference
+    estimator: choices.KLEstimator = "k2"
+    in_: Annotated[choices.KLPlace, Field(alias="in")] = "loss"
+    host_memory: bool = False  # the reference waits in the host's memory, and is on the devices for its pass only
+
+
+@dataclass(frozen=True, config=STRICT)
 class ObjectiveConfig:
     """Whatever is not enabled costs nothing. See `objective/`."""
 
@@ -113,6 +133,7 @@ class ObjectiveConfig:
     group_weight: choices.GroupWeight = "rollout"  # whether every rollout or every prompt weighs the same
     ratio: choices.Ratio = "token"  # sequence: GSPO
     old_logp: choices.OldLogp = "score"  # who says how likely a rollout was: a pass before the updates, or its sampler
+    correction: CorrectionConfig = CorrectionConfig()
     clip_low: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.2  # null, together with clip_high: no clip
     clip_high: NonNegativeFloat | None = 0.2
     clip_ratio_c: Annotated[float, Field(gt=1.0)] | None = 10.0  # dual clip; null: off
@@ -125,6 +146,7 @@ class ObjectiveConfig:
     entropy_advantage: EntropyAdvantageConfig = EntropyAdvantageConfig()
     clip_cov: ClipCovConfig = ClipCovConfig()
     kl_cov: KLCovConfig = KLCovConfig()
+    kl: KLConfig = KLConfig()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -146,12 +168,17 @@ class ModulationConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
-    """AdamW with linear warm-up to a constant rate."""
+    """AdamW with linear warm-up, then a constant or a falling rate. See `update/optimizer.py`."""
 
     learning_rate: PositiveFloat = 5e-4
     warmup_steps: NonNegativeInt = 0  # in optimizer updates
+    schedule: choices.Schedule = "constant"  # after the warm-up
+    floor: Probability = 0.0  # share of the rate that linear and cosine end at
+    decay_steps: PositiveInt | None = None  # updates, warm-up included, after which they are there; null: the run's
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0  # of matrices and embeddings, not of norms and biases
     max_grad_norm: PositiveFloat = 1.0
+    moments: choices.DType = "float32"  # bfloat16: rounded stochastically; 4 bytes a parameter less
+    rounding: choices.Rounding = "masters"  # of bfloat16 parameters; stochastic: no float32 copy, 4 bytes less

@@ -245,6 +245,11 @@ class Config:
         return self.trainer.micro_batch or self.mini_batch
 
     @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.trainer.steps * (self.rollout.budget // self.mini_batch)
+
+    @property
     def row_tokens(self) -> int:
         """S, slots of a row: by default the longest rollout's, rounded up to the kernels' tiles if it is longer."""
         longest = self.task.max_prompt_tokens + self.rollout.max_tokens

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dynamo_jax.config import Config
 from dynamo_jax.evaluation.draw import graded_pieces
 from dynamo_jax.rollout.sampler import Sampler
 from dynamo_jax.tasks.prompts import PromptSet
@@ -104,6 +105,35 @@ def evaluate(
     correct, answered, length, ended = (np.concatenate(x).reshape(shape) for x in zip(*kept, strict=True))
     ids = tuple(prompt.id for prompt in prompts.prompts)
     return Evaluation(prompts.name, ids, samples, correct, length, ~ended, ~answered, prompts.dropped_ids)
+
+
+def evaluate_each(
+    sampler: Sampler,
+    params: Any,
+    sets: Sequence[PromptSet],
+    config: Config,
+    key: jax.Array,
+    tokenizer: Tokenizer,
+    verifier: Grader,
+    *,
+    each_piece: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """The metrics of every set, as `eval` and `task` of the settings say; otherwise as `evaluate`."""
+    metrics: dict[str, float] = {}
+    for number, prompts in enumerate(sets):
+        evaluation = evaluate(
+            sampler,
+            params,
+            prompts,
+            config.eval.samples,
+            jax.random.fold_in(key, number),
+            tokenizer,
+            verifier,
+            config.task.max_prompt_tokens,
+            each_piece=each_piece,
+        )
+        metrics |= evaluation.metrics(config.eval.k)
+    return metrics
 
 
 def right(verifier: Grader, pairs: Sequence[tuple[str, str]]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from dynamo_jax.kernels import attention_tpu
+from dynamo_jax.kernels import attention_gpu, attention_tpu
 
 # Queries whose scores are held at once: 96 MiB a row for 12 heads, 4096 keys, float32. All 4096 queries take 768 MiB.
 BLOCK = 512
@@ -57,7 +57,8 @@ def segment_attention(
     """Causal grouped-query attention within the segments of packed rows, as `attention` otherwise.
 
     On TPUs bfloat16 goes through jax's splash attention, forward and backward, where the head size and S are multiples
-    of 128; all else is plain XLA, a block of queries at a time.
+    of 128; on Hopper and later GPUs through cuDNN; all else is plain XLA, a block of queries at a time. cuDNN takes a
+    row's segments to be runs of equal numbers, at most `attention_gpu.most_segments(S)` of them.
 
     Args:
         q_GSAH: queries; k_GSKH, v_GSKH: keys and values.
@@ -67,11 +68,12 @@ def segment_attention(
 
     Returns: [G, S, A, H] in the dtype of `q_GSAH`.
     """
-    if mesh is not None and mesh.devices.flat[0].platform == "tpu" and attention_tpu.takes(q_GSAH):
+    kernel = None if mesh is None else _kernel_of(mesh.devices.flat[0], q_GSAH)
+    if kernel is not None:
         rows = PartitionSpec(tuple(row_axes))
         whole = PartitionSpec(tuple(row_axes), None, head_axis)
         return jax.shard_map(
-            attention_tpu.segment_attention,
+            kernel,
             mesh=mesh,
             in_specs=(whole, whole, whole, rows),
             out_specs=whole,
@@ -79,6 +81,15 @@ def segment_attention(
         )(q_GSAH, k_GSKH, v_GSKH, segment_GS)
     slot_S = jnp.arange(q_GSAH.shape[1])
     return _in_blocks(q_GSAH, k_GSKH, v_GSKH, Seen(slot_S, segment_GS, segment_GS))
+
+
+def _kernel_of(device: jax.Device, q_GSAH: jax.Array) -> Callable[..., jax.Array] | None:
+    """What attends to rows and heads of one device; None: it has no kernel for such queries."""
+    if device.platform == "tpu" and attention_tpu.takes(q_GSAH):
+        return attention_tpu.segment_attention
+    if device.platform == "gpu" and attention_gpu.takes(q_GSAH, device):
+        return attention_gpu.segment_attention
+    return None
 
 
 def _in_blocks(q_BQAH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, seen: Seen) -> jax.Array:

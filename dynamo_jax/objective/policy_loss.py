@@ -25,7 +25,8 @@ class TokenTerms(NamedTuple):
 
     keep: jax.Array | None = None  # bool [M, C]; False: without l, but in the denominators
     kl_coef: jax.Array | None = None  # float [M, C], of the distance to old_logp
-    bonus: jax.Array | None = None  # float [M, C], what the token earns; the only one that carries a gradient
+    bonus: jax.Array | None = None  # float [M, C], what the token earns; carries a gradient
+    penalty: jax.Array | None = None  # float [M, C], what the token pays; carries a gradient, which the others do not
     weight: jax.Array | None = None  # float [M, 1] or [M, C], multiplies all of the token's loss
 
 
@@ -124,7 +125,7 @@ def policy_loss(
 
     and, each only if it is asked for,
 
-        weight_t (keep_t l_t + kl_coef_t |logp_t - old_logp_t| - bonus_t)
+        weight_t (keep_t l_t + kl_coef_t |logp_t - old_logp_t| + penalty_t - bonus_t)
 
     then aggregated (see `aggregate`). With the whole mini-batch's `denominators`, the losses, gradients and metrics of
     its micro-batches add up to the whole's.
@@ -139,14 +140,16 @@ def policy_loss(
         denominators: `denominators` of the whole mini-batch; None: these rows are all there is.
         ratio: r of each token, or of each rollout (GSPO): see `log_ratio`.
         terms: keep, of `fork_tokens` and `clip_cov_tokens`; kl_coef, of KL-Cov (arXiv 2505.22617), whose distance has
-            no gradient at exactly 0; bonus, a coefficient times H_t, whose gradient flows; weight, of `group_weight`.
+            no gradient at exactly 0; bonus, a coefficient times H_t, and penalty, one times `kl_estimate`, whose
+            gradients flow; weight, of `group_weight` and `Correction`.
         segments: the rollout of each token, for `ratio`; None: each row is one.
 
     Returns:
         (loss, metrics), float32 scalars (float64 for float64 inputs). An empty mask gives 0. Metrics, means over
         tokens: `objective/clip_fraction` (the clip decides), `objective/dual_clip_fraction` (the dual clip decides)
         and `objective/kl_old_new`, old_logp - logp, clamped as the ratio is, nats; with kl_coef `objective/kl_abs`,
-        |logp - old_logp|, nats; with bonus `objective/entropy_bonus`. None of them reads keep or weight.
+        |logp - old_logp|, nats; with bonus `objective/entropy_bonus`; with penalty `objective/kl_penalty`. None of
+        them reads keep or weight.
 
     Raises ValueError for another aggregation or ratio, or shapes that do not fit.
     """
@@ -187,6 +190,10 @@ def policy_loss(
         bonus = jnp.where(counts, terms.bonus, 0.0).astype(values.dtype)
         values -= bonus
         metrics["objective/entropy_bonus"] = token_mean(bonus)
+    if terms.penalty is not None:
+        penalty = jnp.where(counts, terms.penalty, 0.0).astype(values.dtype)
+        values += penalty
+        metrics["objective/kl_penalty"] = token_mean(penalty)
     if terms.weight is not None:
         values *= lax.stop_gradient(terms.weight)
     return aggregate(values, mask, aggregation, denominators), metrics

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dynamo_jax.batch import Tokens, TokenStats
 from dynamo_jax.config import Config, ObjectiveConfig
+from dynamo_jax.objective.correction import Correction, importance_weight, mismatch_metrics
 from dynamo_jax.objective.modulation import entropy_change, modulate
 from dynamo_jax.objective.policy_loss import TokenTerms
 from dynamo_jax.objective.ratio import Clip, log_ratio
@@ -25,6 +26,11 @@ def clip_of(config: ObjectiveConfig) -> Clip:
     return Clip(config.clip_low, config.clip_high, config.clip_ratio_c)
 
 
+def correction_of(config: ObjectiveConfig) -> Correction:
+    c = config.correction
+    return Correction(c.kind, c.level, c.low, c.high)
+
+
 def reads_now(config: Config) -> bool:
     """Whether `token_terms` reads the statistics under the policy that is updated."""
     o = config.objective
@@ -34,6 +40,7 @@ def reads_now(config: Config) -> bool:
         or o.fork_fraction is not None
         or o.clip_cov.enabled
         or o.kl_cov.enabled
+        or (o.old_logp == "sampler" and o.correction.kind != "none")
     )
 
 
@@ -84,7 +91,44 @@ def token_terms(
         penalised_IGS = kl_cov_tokens(now.logp, advantage_IGS, mask_IGS, priority_IGS, fraction=o.kl_cov.fraction)
         kl_IGS = o.kl_cov.coefficient * penalised_IGS
         metrics["objective/kl_cov_fraction"] = jnp.sum(penalised_IGS) / count
-    return advantage_IGS, TokenTerms(keep=keep_IGS, kl_coef=kl_IGS, weight=tokens.weight), metrics
+    corrected_IGS, mismatch = _correction(tokens, old_logp_IGS, now, rollouts, config)
+    weight_IGS = tokens.weight if corrected_IGS is None else tokens.weight * corrected_IGS
+    return advantage_IGS, TokenTerms(keep=keep_IGS, kl_coef=kl_IGS, weight=weight_IGS), metrics | mismatch
+
+
+def _correction(
+    tokens: Tokens, old_logp_IGS: jax.Array, now: TokenStats, rollouts: int, config: Config
+) -> tuple[jax.Array | None, Metrics]:
+    """What each token's loss is multiplied by for the sampler's sake, and the metrics of the mismatch. With r the ratio
+    of the loss, q the sampler and f what `Correction` makes of a weight:
+
+        old_logp = score     f(pi_old / q)         r = pi / pi_old is left to PPO's clip
+        old_logp = sampler   f(pi / q) / r         r = pi / q has the mismatch in it; f takes its place
+                             1 for kind none
+
+    In a step's first update, where pi = pi_old, a token that no clip stops has the weight f(pi_old / q) either way. The
+    metrics compare q with pi_old, or with `sampler` with pi, which moves within a step; there is none if pi is not read
+    (`reads_now`): `objective/kl_old_new` is the mismatch then.
+
+    What the clip does differs. `score` counts only how far the policy has moved. `sampler` counts the mismatch, too: a
+    token of positive advantage with pi_old / q > 1 + clip_high has no gradient though the policy has not moved, nor has
+    one of negative advantage with pi_old / q < 1 - clip_low. So f there bounds what the clip leaves: r above `high` for
+    negative advantages (up to the dual clip), and r below `low` for positive ones; a truncation with `high` above 1 +
+    clip_high changes nothing else. Where the mismatch is as wide as the clip, take `score`, or no clip.
+    """
+    o, correction, sampled_IGS = config.objective, correction_of(config.objective), tokens.sampled_logp
+    by_sampler = o.old_logp == "sampler"
+    segments = Segments(tokens.rollout, rollouts)
+    trained_IGS, metrics = now.logp if by_sampler else old_logp_IGS, {}
+    if not by_sampler or reads_now(config):
+        metrics = mismatch_metrics(trained_IGS, sampled_IGS, tokens.mask, correction, segments)
+    if correction.kind == "none" and not by_sampler:
+        return None, metrics
+    weight_IGS = importance_weight(trained_IGS, sampled_IGS, tokens.mask, correction.level, segments)
+    weight_IGS = correction.of(weight_IGS)
+    if by_sampler and correction.kind != "none":
+        weight_IGS /= jnp.exp(log_ratio(now.logp, sampled_IGS, tokens.mask, o.ratio, segments=segments))
+    return weight_IGS, metrics
 
 
 def token_advantages(

@@ -30,7 +30,8 @@ BEAT_SECONDS = 10.0  # how often the holder of a lock rewrites it
 DEAD_SECONDS = 30.0  # a lock that has not changed for so long has no holder
 SETTLE_SECONDS = 2.0  # after which, of several that take over a lock, only the last one finds itself in it
 LEASE_NAME = ".lease"  # the token of the last lock that this machine's working folder has held
-NOT_SMALL = ("checkpoints", "checkpoints_damaged", "xla_cache")  # are never in the working folder
+# Are never in the working folder.
+NOT_SMALL = ("checkpoints", "checkpoints_damaged", "reference", "reference_damaged", "xla_cache")
 NOT_FETCHED = (*NOT_SMALL, "tensorboard")  # every start writes events into files of its own
 
 log = logging.getLogger("dynamo_jax")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dynamo_jax.config import Config
 from dynamo_jax.hosts.progress import PROGRESS
 from dynamo_jax.run.bucket import Locations
-from dynamo_jax.run.checkpoint import Checkpointer
+from dynamo_jax.run.checkpoint import Checkpointer, CheckpointError
 from dynamo_jax.run.contents import Contents, Form
 from dynamo_jax.run.folder import RunFolder, Status
 from dynamo_jax.run.metrics import read_metrics
@@ -96,6 +97,37 @@ class Keeper:
             self._by_process_0(lambda writer: writer.sync(step), f"the metrics up to step {step}")
             self._patiently(start, f"the checkpoint of step {step}")
         self.saved = step
+
+    def save_apart(self, name: str, arrays: Any) -> None:
+        """What a run keeps once, in a folder `name` beside its checkpoints. Returns when all is safe."""
+
+        def save() -> None:
+            with Checkpointer(self._apart(name), keep=1) as folder:
+                folder.save(1 + (folder.latest() or 0), arrays, {})  # after that of a start which was not kept
+
+        with PROGRESS.doing("checkpoint", patient=True):
+            self._patiently(save, f"the {name} of the run")
+
+    def restore_apart(self, name: str, abstract: Any) -> Any:
+        """What `save_apart` has saved, onto the shardings of `abstract`.
+
+        Raises `CheckpointError` if it is not there, is damaged, or holds other arrays.
+        """
+
+        def restore() -> Any:
+            with Checkpointer(self._apart(name), keep=1, read_only=True) as folder:
+                newest = folder.latest()
+                if newest is None:
+                    raise CheckpointError(
+                        f"{self._apart(name)}: is missing or empty, and the run cannot go on without what it kept "
+                        "there at its start. Restore the folder, or set another run_dir to start a new run."
+                    )
+                return folder.restore(newest, abstract)[0]
+
+        return self._patiently(restore, f"the {name} of the run")
+
+    def _apart(self, name: str) -> Path:
+        return self._places.checkpoints.parent / name
 
     def add_score(self, step: int, score: float | None) -> None:
         """What the best checkpoint is chosen by. Process 0's counts; None changes nothing."""

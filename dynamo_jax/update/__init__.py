@@ -3,6 +3,7 @@
 from dynamo_jax.update.optimizer import learning_rate_schedule, make_optimizer
 from dynamo_jax.update.packing import MiniBatch, pack
 from dynamo_jax.update.programs import Programs
+from dynamo_jax.update.reference import make_reference
 from dynamo_jax.update.state import (
     MasterState,
     State,
@@ -22,6 +23,7 @@ __all__ = [
     "init_state",
     "learning_rate_schedule",
     "make_optimizer",
+    "make_reference",
     "pack",
     "with_masters",
 ]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dynamo_jax.batch import PackedRows, Pool, TrainBatch
+from dynamo_jax.kernels.attention_gpu import most_segments
 
 
 class Shape(NamedTuple):
@@ -32,7 +33,8 @@ class MiniBatch(NamedTuple):
 
 
 def fitted(lengths: Iterable[int], slots: int) -> list[list[int]]:
-    """Which sequences share a row: first fit, the longest first; of equal ones in order. Empty ones are left out.
+    """Which sequences share a row: first fit, the longest first; of equal ones in order. Empty ones are left out. With
+    the padding at its end a row has no more segments than attention on a GPU takes.
 
     Raises `ValueError` for a sequence that is longer than a row.
     """
@@ -47,7 +49,8 @@ def fitted(lengths: Iterable[int], slots: int) -> list[list[int]]:
         if row == len(rows):
             rows.append([])
         rows[row].append(int(i))
-        free[row] -= lengths[i]
+        full = len(rows[row]) == most_segments(slots) - 1
+        free[row] = 0 if full else free[row] - lengths[i]
     return rows
 
 

@@ -53,8 +53,8 @@ class Programs:
 
     def __init__(self, graph: nnx.GraphDef[Decoder], abstract_params: Any, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh, self.shape = config, mesh, shape_of(config)
-        self.optimizer = make_optimizer(config.optimizer)
-        self.abstract_state = abstract_state(abstract_params, self.optimizer, mesh)
+        self.optimizer = make_optimizer(config.optimizer, config.updates)
+        self.abstract_state = abstract_state(abstract_params, self.optimizer, mesh, config.optimizer.rounding)
         self.forms = [Form(self.abstract_state)]
         if isinstance(self.abstract_state, MasterState):  # older versions had no masters
             self.forms.append(Form(TrainState(*self.abstract_state[:4]), with_masters))
@@ -71,7 +71,8 @@ class Programs:
         self.terms_shardings = (rows, everywhere, in_sum)
         step = PolicyUpdate(graph, config, mesh, self.optimizer)
         compiled = partial(_counted, self.traces)
-        self.init = jax.jit(lambda params: init_state(params, self.optimizer), out_shardings=in_state)
+        init = partial(init_state, optimizer=self.optimizer, rounding=config.optimizer.rounding)
+        self.init = jax.jit(init, out_shardings=in_state)
         self.empty_program = jax.jit(lambda: step.no_stats(self.shape), out_shardings=rows)
         self.score_program = compiled("score", step.score, (rows, everywhere), donate=3)
         self.terms_program = compiled("terms", step.terms, self.terms_shardings)

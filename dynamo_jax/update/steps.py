@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dynamo_jax.batch import PackedRows, Tokens, TokenStats, TrainBatch, tokens_of
 from dynamo_jax.config import Config
-from dynamo_jax.objective import Denominators, TokenTerms, policy_loss, rollout_scale
+from dynamo_jax.objective import Denominators, TokenTerms, kl_estimate, kl_metrics, policy_loss, rollout_scale
 from dynamo_jax.objective.segments import Segments
 from dynamo_jax.objective.terms import Metrics, clip_of, token_terms
 from dynamo_jax.policy.model import Decoder
@@ -78,10 +78,10 @@ class PolicyUpdate:
         grads = whole_gradient(total.grads, self.mesh)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(total.metrics["objective/loss"]) & jnp.isfinite(grad_norm)
-        moved = apply_gradients(state, grads, self.optimizer)
+        moved = apply_gradients(state, grads, self.optimizer, self.config.optimizer.rounding)
         new_state = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), moved, state)
         new_state = new_state._replace(updates=state.updates + finite, skipped=state.skipped + ~finite)
-        rate = learning_rate_schedule(self.config.optimizer)(state.updates)
+        rate = learning_rate_schedule(self.config.optimizer, self.config.updates)(state.updates)
         own = {"objective/grad_norm": grad_norm, "objective/learning_rate": rate, "rollout/logp_drift": total.drift}
         return new_state, metrics | total.metrics | own
 
@@ -125,6 +125,11 @@ class PolicyUpdate:
         terms = terms._replace(weight=scale if terms.weight is None else scale * terms.weight)
         if o.entropy_coefficient:
             terms = terms._replace(bonus=o.entropy_coefficient * stats.entropy)
+        extra: Metrics = {}
+        if tokens.reference_logp is not None:
+            penalty = kl_estimate(stats.logp, tokens.reference_logp, o.kl.estimator)
+            terms = terms._replace(penalty=o.kl.coefficient * penalty)
+            extra = kl_metrics(stats.logp, tokens.reference_logp, tokens.mask, count)
         loss, metrics = policy_loss(
             stats.logp,
             old_logp,
@@ -138,7 +143,7 @@ class PolicyUpdate:
             segments=Segments(tokens.rollout, M),
         )
         entropy = jnp.sum(jax.lax.stop_gradient(stats.entropy) * tokens.mask) / count
-        return loss, metrics | {"objective/entropy": entropy}
+        return loss, metrics | extra | {"objective/entropy": entropy}
 
     def _nothing(self, params: Any, rows: PackedRows, objective: Objective) -> Accumulated:
         """Zeros, to add the gradients of micro-batches like these rows to."""

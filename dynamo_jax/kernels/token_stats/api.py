@@ -45,8 +45,9 @@ def token_stats(
         targets: int [T], each in [0, V); not checked, values may be traced.
         temperature: the policy's sampling temperature, a Python float > 0.
         impl: `reference` (plain, keeps [T, V]), `chunked` (XLA, a block of [T, V] at a time), `pallas` (forward pass in
-            the kernel for the platform) or `auto` (`pallas` for bfloat16 on TPUs, else `chunked`). `pallas_tpu` and
-            `pallas_gpu` name a kernel; off its platform it is interpreted, slowly.
+            the kernel for the device; on a GPU only bfloat16 on Hopper has one, the rest is `chunked`) or `auto`
+            (`pallas` for bfloat16 on TPUs, else `chunked`). `pallas_tpu` names a kernel; elsewhere than on a TPU it is
+            interpreted, slowly. `pallas_gpu` names one that takes bfloat16 and runs on Hopper only.
         mask: bool or number [T], the tokens that count (not 0). Others get zeros and give no gradient; whole tiles of
             them cost nothing. Nor do, in the backward pass, tokens that get no gradient back. None: all count.
         mesh: run on this mesh, tokens split over `token_axes` and the vocabulary over `vocab_axis` (None: not split);
@@ -57,7 +58,7 @@ def token_stats(
         TokenStats, each float32 [T], nats (float64 for float64 inputs). Gradients have the dtypes of the inputs.
 
     Raises ValueError for another impl, shapes that do not fit, targets that are not integers, temperature <= 0, blocks
-    below 1, or a mesh whose axes do not divide T and V.
+    below 1 or that a kernel cannot have, or a mesh whose axes do not divide T and V.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"token_stats: impl = {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}.")

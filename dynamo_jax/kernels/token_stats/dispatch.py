@@ -6,11 +6,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
 from dynamo_jax.kernels.token_stats import chunked, pallas_tpu
 from dynamo_jax.kernels.token_stats.sums import Sums
+
+HOPPER = "9.0"  # compute capability; wgmma is in no other
 
 
 def forward(
@@ -23,25 +26,20 @@ def forward(
     temperature: float,
     blocks: chunked.Blocks | None,
 ) -> Sums:
-    """The sums over the columns of `head_VD`, from `chunked.forward` or the kernel of the platform.
+    """The sums over the columns of `head_VD`, from `chunked.forward` or a kernel.
 
-    `pallas_tpu` and `pallas_gpu` name a kernel wherever it runs; where it cannot, it is interpreted.
+    `pallas_tpu` names its kernel wherever it runs; where it cannot, it is interpreted. `pallas_gpu` needs Hopper.
     """
     sizes = {} if blocks is None else blocks._asdict()
-    tpu_blocks = pallas_tpu.BLOCKS.get(device_kind(mesh), pallas_tpu.SMALLEST)._replace(**sizes)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    tpu_blocks = pallas_tpu.BLOCKS.get(str(device.device_kind), pallas_tpu.SMALLEST)._replace(**sizes)
     tpu_blocks = pallas_tpu.fitted(
         tpu_blocks, hidden_TD.shape[1], max(hidden_TD.dtype.itemsize, head_VD.dtype.itemsize)
     )
     in_chunks = partial(chunked.forward, temperature=temperature, blocks=blocks)
     on_tpu = partial(pallas_tpu.forward, temperature=temperature, blocks=tpu_blocks)
-
-    def on_gpu(*arrays: Any) -> Sums:
-        # Here, for jax has deprecated its Triton: the release that drops it must break this kernel and nothing else.
-        from dynamo_jax.kernels.token_stats import pallas_gpu
-
-        blocks = pallas_gpu.BLOCKS._replace(**sizes)
-        sums: Sums = partial(pallas_gpu.forward, temperature=temperature, blocks=blocks)(*arrays)
-        return sums
+    if impl == "pallas":
+        impl = kernel_of(device, jnp.promote_types(hidden_TD.dtype, head_VD.dtype))
 
     arrays = (hidden_TD, head_VD, targets_T, live)
     sums: Sums
@@ -51,15 +49,17 @@ def forward(
         case "pallas_tpu":
             sums = on_tpu(*arrays)
         case "pallas_gpu":
-            sums = on_gpu(*arrays)
-        case "pallas":
-            sums = lax.platform_dependent(*arrays, cuda=on_gpu, default=on_tpu)
+            # Here, for jax calls its Mosaic GPU unstable: the release that breaks it must break this kernel only.
+            from dynamo_jax.kernels.token_stats import pallas_gpu
+
+            sums = pallas_gpu.forward(*arrays, temperature, pallas_gpu.BLOCKS._replace(**sizes))
         case _:  # auto. The GPU kernel has not been measured yet.
             sums = lax.platform_dependent(*arrays, tpu=on_tpu, default=in_chunks)
     return sums
 
 
-def device_kind(mesh: Mesh | None) -> str:
-    """Of the devices that the program is for: a mesh may be of a machine that is not this one."""
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return str(device.device_kind)
+def kernel_of(device: Any, dtype: Any) -> str:
+    """The kernel for a device, or `chunked` where there is none: GPUs other than Hopper, and float32 on those."""
+    if device.platform != "gpu":
+        return "pallas_tpu"
+    return "pallas_gpu" if device.compute_capability == HOPPER and dtype == jnp.bfloat16 else "chunked"
