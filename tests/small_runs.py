@@ -66,20 +66,26 @@ class Spy(loop.Trainer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.seen: list[dict[str, Any]] = []
-        update, advantage, calls = self.programs.update, self.advantage, iter(range(1, 100))
+        update, terms, nows = self.programs.update, self.programs.terms_program, []
+        advantage, calls = self.advantage, iter(range(1, 100))
 
-        def spied(state: Any, batch: Any, old: Any, now: Any) -> Any:
-            fresh = self.programs.score(state.params, batch)[0]
-            entry = jax.device_get({"before": state, "old": old, "now": now, "fresh": fresh})  # donated just below
-            state, metrics = update(state, batch, old, now)
-            self.see(entry | {"after": jax.device_get(state)})
+        def spied(state: Any, mini: Any, old: Any, *, first: bool) -> Any:
+            fresh = self.programs.score(state.params, mini)[0]
+            entry = jax.device_get({"before": state, "old": old, "fresh": fresh})  # donated just below
+            state, metrics = update(state, mini, old, first=first)
+            # Where a mini-batch is one micro-batch nobody says what the statistics of the update's own pass are.
+            self.see(entry | {"after": jax.device_get(state), "now": nows.pop() if nows else None})
             return state, metrics
+
+        def spied_terms(params: Any, batch: Any, old_logp: Any, now: Any) -> Any:
+            nows.append(jax.device_get(now))
+            return terms(params, batch, old_logp, now)
 
         def poisoned(reward_B: Any, prompt_of_B: Any) -> Any:
             advantage_B = advantage(reward_B, prompt_of_B)
             return advantage_B.at[0].set(np.nan) if next(calls) == self.poison else advantage_B
 
-        self.programs.update, self.advantage = spied, poisoned
+        self.programs.update, self.programs.terms_program, self.advantage = spied, spied_terms, poisoned
 
     def see(self, entry: dict[str, Any]) -> None:
         self.seen.append(entry)

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from dynamo_jax import trainer as loop
-from dynamo_jax.batch import Pool, PromptBatch, Rollouts, train_batch
+from dynamo_jax.batch import PromptBatch, Rollouts
 from dynamo_jax.config import load_config
 from dynamo_jax.run.metrics import read_metrics
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, ArithmeticVerifier, solve, split_problems
@@ -121,9 +121,9 @@ def train_until(folder: Path, steps: int) -> tuple[Echo, Strict, list[Any], loop
             trainers.append(self)
             update = self.programs.update
 
-            def spied(state: Any, batch: Any, old: Any, now: Any) -> Any:
-                batches.append(jax.device_get(batch))
-                return update(state, batch, old, now)
+            def spied(state: Any, mini: Any, old: Any, *, first: bool) -> Any:
+                batches.append(jax.device_get(mini.batch))
+                return update(state, mini, old, first=first)
 
             self.programs.update = spied
 
@@ -191,10 +191,14 @@ def test_every_row_of_every_update_belongs_together(seen: Seen) -> None:
         found: Counter[Any] = Counter()
         order = []
         for batch in batches:
-            for prompt, length, tokens, size, advantage, _, _, logp in zip(*batch, strict=True):
-                problem, text = TOKENIZER.decode(prompt), TOKENIZER.decode(tokens)
+            for m, (length, size, advantage) in enumerate(zip(*batch[1:4], strict=True)):
+                at = np.nonzero(batch.rows.rollout == m)
+                assert len(at[0]) == length + size
+                problem, text = (TOKENIZER.decode(x) for x in np.split(batch.rows.tokens[at], [length]))
                 assert (length, size) == (len(problem), len(text) + 1)
-                np.testing.assert_allclose(logp[:size], logp_of(problem, text), atol=1e-6)
+                np.testing.assert_allclose(
+                    batch.rows.sampled_logp[at][length - 1 : -1], logp_of(problem, text), atol=1e-6
+                )
                 found[problem, text, round(float(advantage), 3)] += 1
                 order.append(problem)
         assert found == expected
@@ -214,29 +218,3 @@ def test_epochs_are_whole_across_the_resume(seen: Seen) -> None:
     drawn = [problem for step in seen.sampled for problem in {s: p for s, p, _ in step}.values()]
     for epoch in range(STEPS * P // N):
         assert sorted(drawn[epoch * N : (epoch + 1) * N]) == sorted(problems())
-
-
-def test_train_batch_keeps_rows_together_under_any_permutation() -> None:
-    """Arrays in which every number names its prompt and its rollout, unequal groups, an empty one among them."""
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        counts_P = rng.integers(0, 6, P)
-        counts_P[rng.integers(P)] = 0
-        prompt_of_B = np.repeat(np.arange(P), counts_P)
-        slots, rows = np.arange(P), np.arange(len(prompt_of_B))
-        names = tuple(map(str, slots))
-        prompts = PromptBatch(slots, np.stack([slots, slots + 100], 1), slots + 200, names, names, names)
-        mark_BC = np.stack([rows, rows + 1000], 1)
-        rollouts = Rollouts(mark_BC, rows + 300, rows % 2 == 0, mark_BC / 7)
-        order = rng.permutation(np.append(rows, [-1, -1]))[: rng.integers(1, len(rows) + 3)]  # -1: an empty row
-        pool = Pool(prompts, prompt_of_B, rollouts, rows > 0, rows * 0.0, rows * 0.0, slots * 0.0)
-        batch = train_batch(pool, rows + 0.5, rows + 0.25, rows + 400, order)
-        for m, b in enumerate(order):
-            p = prompt_of_B[max(b, 0)]
-            expected = ([p, p + 100], p + 200, [b, b + 1000], b + 300, b + 0.5, b + 0.25, b + 400, mark_BC[b] / 7)
-            if b < 0:
-                assert (batch.length_M[m], batch.advantage_M[m], batch.weight_M[m]) == (0, 0.0, 0.0)
-                assert batch.prompt_length_M[m] > 0  # attention needs something to look at
-                continue
-            for found, value in zip((x[m] for x in batch), expected, strict=True):
-                np.testing.assert_array_equal(found, value)

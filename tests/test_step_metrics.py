@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts
-from dynamo_jax.step_metrics import allocation_metrics, not_finite, rollout_metrics, shares, update_metrics
+from dynamo_jax.step_metrics import (
+    allocation_metrics,
+    logp_drift,
+    not_finite,
+    packing_metrics,
+    rollout_metrics,
+    shares,
+    update_metrics,
+)
+from dynamo_jax.update import MiniBatch
+from dynamo_jax.update.packing import Shape
 
 
 def test_allocation_by_hand() -> None:
@@ -118,3 +128,17 @@ def test_a_prompt_without_rollouts_has_no_share() -> None:
     metrics = allocation_metrics(np.array([0, 4, 4]), np.full(3, 0.5))
     assert metrics["allocation/min"] == 0
     assert metrics["allocation/entropy"] == pytest.approx(math.log(2))
+
+
+def test_padding_is_what_live_micro_batches_hold_beside_tokens() -> None:
+    """Rows of 10 slots, two a micro-batch: 33 tokens in two of them and 9 in one make 42 of 60 slots."""
+    batches = [MiniBatch(None, live=2, tokens=33), MiniBatch(None, live=1, tokens=9)]
+    assert packing_metrics(batches, Shape(4, 2, 10)) == {"update/padding_fraction": pytest.approx(18 / 60)}
+
+
+def test_drift_is_that_of_before_the_first_update() -> None:
+    """Of what was scored then, in all mini-batches; else of the first update's own look. NaN shows."""
+    updates = [{"rollout/logp_drift": 0.5}, {"rollout/logp_drift": 9.0}]
+    assert logp_drift([], updates) == 0.5
+    assert logp_drift([[0.125, 0.25], [0.0]], updates) == 0.25
+    assert math.isnan(logp_drift([[0.125], [math.nan]], updates))

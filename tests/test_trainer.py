@@ -31,6 +31,8 @@ from dynamo_jax.tasks.rewards import Grading
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
+TRACES = {"score": 1, "terms": 0, "update": 1, "update (apply)": 0}  # a mini-batch is one micro-batch
+
 
 @pytest.fixture(scope="module")
 def whole(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
@@ -41,6 +43,11 @@ def whole(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def on_mesh(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(tmp_path_factory.mktemp("mesh") / "run", *MESH)
+
+
+@pytest.fixture(scope="module")
+def quarters(compiled_once: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(tmp_path_factory.mktemp("quarters") / "run", "trainer.micro_batch=4")
 
 
 @pytest.fixture
@@ -65,7 +72,7 @@ def test_whatever_the_allocation_each_program_is_traced_once(whole: Run, on_mesh
     for trainer in (whole.trainer, on_mesh.trainer):
         assert trainer.sampler.traces == 1
         assert trainer.eval_sampler is trainer.sampler
-        assert trainer.programs.traces == {"score": 1, "update": 1}
+        assert trainer.programs.traces == TRACES
         assert trainer.allocation.traces == {"allocate": 1, "record": 1}
 
 
@@ -120,8 +127,8 @@ def test_making_text_is_not_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert pool.right_R.tolist() == [coin(output, gold) for output, gold in zip(outputs, answers, strict=True)]
 
 
-def test_second_update_of_a_step_is_modulated_by_the_policy_as_it_is_then(whole: Run) -> None:
-    for first, second in zip(whole.trainer.seen[::2], whole.trainer.seen[1::2], strict=True):
+def test_second_update_of_a_step_is_modulated_by_the_policy_as_it_is_then(quarters: Run) -> None:
+    for first, second in zip(quarters.trainer.seen[::2], quarters.trainer.seen[1::2], strict=True):
         for name in ("logp", "entropy", "lambda_mean"):
             get = [getattr(x, name) for x in (first["now"], first["old"], second["now"], second["old"])]
             np.testing.assert_array_equal(get[0], get[1])
@@ -129,12 +136,12 @@ def test_second_update_of_a_step_is_modulated_by_the_policy_as_it_is_then(whole:
             assert np.abs(get[2] - get[3]).max() > 1e-4  # the first update has moved the policy
 
 
-def assert_same(a: Run, b: Run) -> None:
+def assert_same(a: Run, b: Run, but: str = "") -> None:
     for step in range(1, STEPS + 1):
         assert a.rollouts(step) == b.rollouts(step), f"step {step}"
     for x, y in zip(a.metrics, b.metrics, strict=True):
         assert x.keys() == y.keys()
-        for name in x:
+        for name in x.keys() - {but}:
             assert x[name] == pytest.approx(y[name], abs=1e-5, rel=1e-5), f"step {x['step']}: {name}"
 
 
@@ -149,8 +156,12 @@ def test_the_policy_after_warm_up_does_not_know_the_mesh(whole: Run, on_mesh: Ru
     jax.tree.map(np.testing.assert_array_equal, one, eight)
 
 
-def test_micro_batches_of_a_quarter_learn_the_same(whole: Run, tmp_path: Path) -> None:
-    assert_same(whole, run(tmp_path / "run", "trainer.micro_batch=4"))
+def test_packed_micro_batches_of_a_quarter_learn_the_same(whole: Run, quarters: Run) -> None:
+    """Each program is still traced once; rows that hold nothing are left out by the micro-batch."""
+    assert quarters.trainer.programs.traces == {"score": 1, "terms": 1, "update": 1, "update (apply)": 1}
+    padding = [[x["update/padding_fraction"] for x in run.metrics[1:]] for run in (whole, quarters)]
+    assert all(0 <= b <= a < 1 for a, b in zip(*padding, strict=True))
+    assert_same(whole, quarters, but="update/padding_fraction")
 
 
 def test_resumed_and_extended_run_equals_the_uninterrupted_one(whole: Run, tmp_path: Path) -> None:
@@ -159,7 +170,7 @@ def test_resumed_and_extended_run_equals_the_uninterrupted_one(whole: Run, tmp_p
     again = run(tmp_path / "run", "logging.rollouts_per_step=4", "checkpoint.every=1", "verifier.workers=1")
     assert again.trainer.seen[0]["before"].updates == 4  # it went on, and did not start anew
     assert again.metrics == whole.metrics
-    assert again.trainer.programs.traces == {"score": 1, "update": 1}
+    assert again.trainer.programs.traces == TRACES
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (config["trainer"]["steps"], config["checkpoint"]["every"]) == (STEPS, 1)
 

@@ -16,7 +16,7 @@ from dynamo_jax.config.tree import WarmupConfig
 from dynamo_jax.policy import DecoderConfig, abstract_policy, init_policy
 from dynamo_jax.policy.build import decoder_config
 from dynamo_jax.tasks.arithmetic import ArithmeticTokenizer, solve, split_problems
-from dynamo_jax.update import completion_mask, completion_stats
+from dynamo_jax.update.gradient import row_stats
 from dynamo_jax.warmup import warm_up
 
 STEPS, BATCH, HELDOUT = 12, 64, 60
@@ -61,11 +61,11 @@ def watched(
         def keep(pairs: list[tuple[str, str]], *arguments: Any) -> Any:
             assert all(solution == solve(problem) for problem, solution in pairs)
             seen.problems += [problem for problem, _ in pairs]
-            seen.batches.append(supervised_batch(pairs, *arguments))
+            seen.batches.append(supervised_rows(pairs, *arguments))
             return seen.batches[-1]
 
-        supervised_batch = module._supervised_batch
-        context.setattr(module, "_supervised_batch", keep)
+        supervised_rows = module._supervised_rows
+        context.setattr(module, "_supervised_rows", keep)
 
         def tell(done: int) -> None:
             seen.steps.append(done)
@@ -81,9 +81,10 @@ def seen() -> Seen:
 
 
 def loss(params: Any, batch: Any) -> float:
-    graph = abstract_policy(policy())[0]
-    mask = completion_mask(jnp.asarray(batch.length_M), batch.tokens_MC.shape[1])
-    return float(-jnp.sum(completion_stats(nnx.merge(graph, params), batch, 1.0).logp * mask) / jnp.sum(mask))
+    model, (rows, tokens) = nnx.merge(abstract_policy(policy())[0], params), batch
+    tables = model.tables()
+    stats = row_stats(model, model.embedded(rows.tokens, tables.embedding), tables.head, rows, tokens.mask, 1.0)
+    return float(-jnp.sum(stats.logp * tokens.mask) / jnp.sum(tokens.mask))
 
 
 def test_it_learns_from_as_many_batches_as_asked(seen: Seen) -> None:
@@ -99,14 +100,17 @@ def test_heldout_problems_are_never_seen(seen: Seen) -> None:
     assert len(set(seen.problems)) > 100
 
 
-def test_batches_are_left_padded_problems_and_solutions_with_an_end(seen: Seen) -> None:
-    tokenizer, batch = ArithmeticTokenizer(), seen.batches[0]
-    for m, problem in enumerate(seen.problems[:BATCH]):
+def test_batches_are_problems_and_solutions_with_an_end(seen: Seen) -> None:
+    """One after the other in a row; what is learned of a row is the solution and where it ends."""
+    tokenizer, (rows, tokens) = ArithmeticTokenizer(), seen.batches[0]
+    for g, problem in enumerate(seen.problems[:BATCH]):
         prompt, completion = tokenizer.encode(problem), [*tokenizer.encode(solve(problem)), tokenizer.eos_id]
-        L, C = CONFIG.task.max_prompt_tokens, CONFIG.rollout.max_tokens
-        np.testing.assert_array_equal(batch.prompt_tokens_ML[m], [0] * (L - len(prompt)) + prompt)
-        np.testing.assert_array_equal(batch.tokens_MC[m], completion + [0] * (C - len(completion)))
-        assert (batch.prompt_length_M[m], batch.length_M[m]) == (len(prompt), len(completion))
+        L, C, end = CONFIG.task.max_prompt_tokens, CONFIG.rollout.max_tokens, len(prompt) + len(completion)
+        np.testing.assert_array_equal(rows.tokens[g], prompt + completion + [tokenizer.pad_id] * (L + C - end))
+        np.testing.assert_array_equal(rows.rollout[g], [g] * end + [BATCH] * (L + C - end))
+        np.testing.assert_array_equal(rows.position[g, :end], np.arange(end))
+        learned = np.roll(rows.tokens[g], -1)[tokens.mask[g] > 0]
+        np.testing.assert_array_equal(learned, completion)
 
 
 def test_same_seed_same_policy_and_another_seed_another(seen: Seen) -> None:

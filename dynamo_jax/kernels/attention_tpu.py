@@ -22,8 +22,8 @@ def segment_attention(
     """See `attention.segment_attention`. On one device's rows and heads."""
     S, A, H = q_GSAH.shape[1:]
     block = next(size for size in BLOCKS if S % size == 0)
-    # dq has a kernel of its own, which makes the scores once more: 0.26 ms of 4096 slots and 12 heads on v5e. Made with
-    # dk and dv, it comes out in parts, one for each block of keys, and adding those up takes 0.54 ms.
+    # dq has a kernel of its own, which makes the scores once more: 0.26 ms of 4096 slots and 12 heads on a v5e. Made
+    # with dk and dv, it comes out in parts, one for each block of keys, and adding those up takes 0.54 ms.
     blocks = splash.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -20,6 +20,7 @@ REMEDIES = {
     "sample": "lower rollout.batch or rollout.max_tokens, or take a larger mesh",
     "sample (eval)": "lower rollout.batch or rollout.max_tokens, or take a larger mesh",
     "score": "lower trainer.micro_batch, or take a larger mesh",
+    "score (reference)": "lower trainer.micro_batch, or take a larger mesh",
     "update": "lower trainer.micro_batch, set policy.remat=full, or take a larger mesh",
 }
 

@@ -26,6 +26,7 @@ from dynamo_jax.rollout.sampler import Sampler
 from dynamo_jax.sharding import sharding
 from dynamo_jax.tasks.task import build_tokenizer
 from dynamo_jax.update import Programs
+from dynamo_jax.update.reference import abstract_reference
 
 # Rows of the success statistics if only the data would tell. They take 16 bytes a prompt.
 UNKNOWN_PROMPTS = 100_000
@@ -120,7 +121,11 @@ def jobs(
         batch = TrainBatch(rows, everywhere(M), everywhere(M), float_M, float_M, random_M)
         return batch, TokenStats(float_IGS, float_IGS, float_IGS)
 
-    batch, old = mini_batch()
+    kl = config.objective.kl
+    unread, old = mini_batch()  # the reference has not read it
+    batch = unread
+    if kl.coefficient and kl.in_ == "loss":
+        batch = unread._replace(rows=unread.rows._replace(reference_logp=packed(jnp.float32)))
     # All mini-batches of a step and their scores wait on the devices for their updates.
     waiting = mini_batch(B // config.mini_batch - 1)
     index = host()
@@ -132,10 +137,18 @@ def jobs(
         inputs = (split(window, L), split(window), split(b), split(b), key)
         if s is not sampler or name == "sample":
             found.append(Job(name, s.program, (state.params, *inputs), moments))
-    return [
-        *found,
+    found += [
         *update_jobs(programs, state, batch, old, index, moments, (stats, waiting)),
         Job("record", allocation.record_program, (stats, index_P, host(B), reward_B, reward_B, step, features), state),
+    ]
+    if not kl.coefficient:
+        return found
+    reference = abstract_reference(programs)
+    arguments = (reference, unread, index, old)
+    kept = () if kl.host_memory else reference
+    return [
+        *(dataclasses.replace(job, resident=(job.resident, kept)) for job in found),
+        Job("score (reference)", programs.score_program, arguments, (state, stats, waiting)),
     ]
 
 

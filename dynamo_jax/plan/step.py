@@ -95,6 +95,7 @@ PROGRAMS: dict[str, Use] = {
     "sample": Use("sample", lambda w: w.pieces, lambda w: {"generate": w.decoded}),
     "sample (eval)": Use("sample", lambda w: 0),
     "score": Use("score", lambda w: w.scores),
+    "score (reference)": Use("score", lambda w: sum(w.live) if w.config.objective.kl.coefficient else 0),
     "terms": Use("update", lambda w: w.mini_batches),
     "update": Use("update", lambda w: w.mini_batches if w.alone else sum(w.live)),
     "update (apply)": Use("update", lambda w: w.mini_batches),

@@ -72,7 +72,11 @@ def _weight_gradient(plan: Product, x: jax.Array, dy: jax.Array) -> jax.Array:
 
     def local(x: jax.Array, dy: jax.Array) -> jax.Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        dw = jnp.einsum(f"{of_x},{of_y}->{order}", x, dy, precision=plan.precision, preferred_element_type=wide)
+        multiply = partial(jnp.einsum, f"{of_x},{of_y}->{order}", precision=plan.precision, preferred_element_type=wide)
+        # XLA on CPUs has no product of bfloat16 with a float32 result where it has folded a transposition into it.
+        dw = jax.lax.platform_dependent(
+            x, dy, cpu=lambda x, dy: multiply(x.astype(wide), dy.astype(wide)), default=multiply
+        )
         if plan.mesh is not None:
             dw = scattered(dw.reshape(len(dw), -1), plan.mesh).reshape(-1, *dw.shape[1:])
         return jnp.moveaxis(dw, 0, split)

@@ -48,13 +48,10 @@ class Reference(NoReference):
 
     def __init__(self, programs: Programs) -> None:
         self._programs, self._kl = programs, programs.config.objective.kl
-        params = programs.abstract_state.params
-        self._on_device = jax.tree.map(lambda x: x.sharding, params)
+        self._abstract = abstract_reference(programs)
+        self._on_device = jax.tree.map(lambda x: x.sharding, self._abstract)
         kind = "pinned_host" if self._kl.host_memory else None
         self._at_rest = jax.tree.map(lambda s: s.with_memory_kind(kind) if kind else s, self._on_device)
-        self._abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), params
-        )
         # A copy even where it is bfloat16 already: the policy's own arrays are donated to its updates.
         self._rounded = jax.jit(
             lambda tree: jax.tree.map(lambda x: jnp.array(x, jnp.bfloat16, copy=True), tree),
@@ -113,6 +110,12 @@ class Reference(NoReference):
 
         paid, k3 = (kl_estimate(tokens.sampled_logp, reference_logp, k) for k in (self._kl.estimator, "k3"))
         return by_rollout(self._kl.coefficient * paid), by_rollout(k3)
+
+
+def abstract_reference(programs: Programs) -> Any:
+    """The reference's parameters as `ShapeDtypeStruct`s, where they lie for its pass. Allocates nothing."""
+    params = programs.abstract_state.params
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), params)
 
 
 def make_reference(config: Config, programs: Programs) -> NoReference:

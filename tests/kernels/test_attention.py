@@ -1,4 +1,4 @@
-"""Attention by blocks of queries equals attention at once, and float32 asks for full precision."""
+"""Attention by blocks of queries and by segments, and float32 asks for full precision."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dynamo_jax.kernels import attention as module
-from dynamo_jax.kernels.attention import attention
+from dynamo_jax.kernels.attention import attention, segment_attention
 
 
 def inputs(dtype, Q, S=None, B=2, N=4, K=2, H=8):
@@ -31,13 +31,19 @@ def loss_and_gradients(f, q, k, v, slot, valid):
     return out, gradients
 
 
+def plain(q, k, v, slot, valid):
+    """All queries at once."""
+    seen = module.Seen(slot, jnp.ones(q.shape[:2], jnp.int32), valid.astype(jnp.int32))
+    return module._plain(q, k, v, seen)
+
+
 @pytest.mark.parametrize(("queries", "slots"), [(32, 32), (17, 40), (5, 12)])
 def test_blocks_change_nothing(monkeypatch, queries, slots):
     """Block sizes that divide the queries, leave a tail, and are larger than they are."""
     monkeypatch.setattr(module, "BLOCK", 8)
     arguments = inputs(jnp.float32, queries, slots)
     out, gradients = loss_and_gradients(attention, *arguments)
-    expected, expected_gradients = loss_and_gradients(module._plain, *arguments)
+    expected, expected_gradients = loss_and_gradients(plain, *arguments)
     np.testing.assert_allclose(out, expected, atol=1e-6)
     for got, want in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)
@@ -48,8 +54,8 @@ def test_bfloat16_gradients_of_blocks_are_summed_in_float32(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 4)
     arguments = inputs(jnp.bfloat16, 64)
     wide = [x.astype(jnp.float32) for x in arguments[:3]]
-    exact = loss_and_gradients(module._plain, *wide, *arguments[3:])
-    plain = loss_and_gradients(module._plain, *arguments)
+    exact = loss_and_gradients(plain, *wide, *arguments[3:])
+    at_once = loss_and_gradients(plain, *arguments)
     blocks = loss_and_gradients(attention, *arguments)
 
     def error(got):
@@ -57,7 +63,7 @@ def test_bfloat16_gradients_of_blocks_are_summed_in_float32(monkeypatch):
         return np.array([float(jnp.sqrt(jnp.mean(jnp.square(a.astype(jnp.float32) - b)))) for a, b in pairs])
 
     assert jax.tree.leaves(blocks)[0].dtype == jnp.bfloat16
-    assert (error(blocks) < 1.3 * error(plain)).all()
+    assert (error(blocks) < 1.3 * error(at_once)).all()
 
 
 def test_no_array_of_all_scores(monkeypatch):
@@ -73,7 +79,35 @@ def test_no_array_of_all_scores(monkeypatch):
 def test_float32_is_multiplied_as_float32(dtype, full):
     """Forward and backward; bfloat16 is left on the fast path."""
     arguments = inputs(dtype, 16)
-    text = jax.jit(lambda *x: loss_and_gradients(module._plain, *x)).lower(*arguments).as_text()
+    text = jax.jit(lambda *x: loss_and_gradients(plain, *x)).lower(*arguments).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) >= 6
     assert all(("HIGHEST" in line) == full for line in products)
+
+
+# Rows of 24 slots: three segments and padding; one alone, longer than half of the row; one and nothing else.
+SEGMENTS = np.array([[0] * 7 + [1] * 9 + [2] * 5 + [9] * 3, [3] * 15 + [9] * 9, [4] * 24], np.int32)
+
+
+def by_segment(q, k, v, segments):
+    """float64, a loop over the segments of each row; 0 where there is none (segment 9)."""
+    out, group = np.zeros(q.shape), q.shape[2] // k.shape[2]
+    k, v = (np.repeat(np.asarray(x, np.float64), group, axis=2) for x in (k, v))
+    for g, row in enumerate(segments):
+        for segment in set(row.tolist()) - {9}:
+            at = np.flatnonzero(row == segment)
+            scores = np.einsum("qah,sah->aqs", np.asarray(q, np.float64)[g, at], k[g, at]) / q.shape[3] ** 0.5
+            scores = np.where(np.tril(np.ones((len(at), len(at)), bool)), scores, -np.inf)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            out[g, at] = np.einsum("aqs,sah->qah", weights / weights.sum(-1, keepdims=True), v[g, at])
+    return out
+
+
+@pytest.mark.parametrize("block", [512, 8])
+def test_each_segment_attends_to_itself_alone(monkeypatch, block):
+    monkeypatch.setattr(module, "BLOCK", block)
+    q, k, v, *_ = inputs(jnp.float32, SEGMENTS.shape[1], B=3)
+    out = np.asarray(jax.jit(segment_attention)(q, k, v, SEGMENTS))
+    assert np.isfinite(out).all()
+    real = SEGMENTS != 9
+    np.testing.assert_allclose(out[real], by_segment(q, k, v, SEGMENTS)[real], atol=1e-5)

@@ -148,6 +148,36 @@ def test_the_first_update_of_a_step_is_the_same_by_either_old_logp(kind, level, 
     assert 0.1 < float(metrics["mismatch/clipped_fraction"]) < 0.9
 
 
+@pytest.mark.parametrize("old_logp", ["score", "sampler"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_rollouts_that_share_a_row_weigh_what_they_weigh_alone(level, old_logp):
+    """Six rollouts of 1 to 5 tokens, each in a row of its own, and in two rows of 12 slots in two micro-batches."""
+    rng = np.random.default_rng(3)
+    length_M = np.array([5, 1, 3, 5, 2, 4])
+    logp, old, sampled = rng.normal(-2, 0.2, (3, 6, 5)).astype(np.float32)
+    mask = (np.arange(5) < length_M[:, None]).astype(np.float32)
+    rollout = np.broadcast_to(np.arange(6)[:, None], (6, 5)).astype(np.int32)
+    slots = np.concatenate([np.arange(10), 12 + np.arange(10)])  # the last two slots of a row hold nothing
+    config = corrected("mask", level, 0.7, 1.3, old_logp=old_logp)
+
+    def packed(x, empty):
+        row = np.full(24, empty, x.dtype)
+        row[slots] = x[mask > 0]
+        return row.reshape(2, 1, 12)
+
+    def terms(layout, mask_, rollout_, empty):
+        of = [layout(x, empty) for x in (logp, sampled if old_logp == "sampler" else old, sampled)]
+        ones = np.ones_like(of[0])
+        tokens = Tokens(mask_, rollout_, rollout_, ones, 2 * ones, rollout_.astype(np.uint32), of[2])
+        return token_terms(tokens, of[1], TokenStats(of[0], of[0], of[0]), 6, config)[1:]
+
+    alone, metrics = terms(lambda x, _: x, mask, rollout, 0.0)
+    together, of_packed = terms(packed, packed(mask, 0.0), packed(rollout, 6), 9.0)
+    np.testing.assert_allclose(np.asarray(together.weight)[packed(mask, 0.0) > 0], alone.weight[mask > 0], rtol=1e-6)
+    assert 0 < np.sum(alone.weight[mask > 0] == 0) < mask.sum()
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), of_packed, metrics)
+
+
 def test_the_clip_sees_the_mismatch_with_the_sampler_as_old():
     """Ratios pi_old / q of 1.5 and 0.6 in a first update: the clip stops what is good and too likely, and the reverse.
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 
+from dynamo_jax.config import MeshConfig
 from dynamo_jax.objective import (
     Clip,
     TokenTerms,
@@ -24,6 +24,7 @@ from dynamo_jax.objective import (
     token_priority,
 )
 from dynamo_jax.objective.selection import _fraction, _part
+from dynamo_jax.sharding import make_mesh, sharding
 
 CLIP_COV = {"clip": Clip(0.2, 0.2), "fraction": 0.2, "low": 0.1, "high": 0.6}
 run_largest = jax.jit(largest)
@@ -127,10 +128,9 @@ def test_order_of_the_rows_does_not_matter(seed):
     assert all(np.any(x) and not np.all(x) for name, x in expected.items() if name != "threshold")
 
 
-@pytest.mark.parametrize("shape", [(8,), (2, 4)])
-def test_one_device_and_eight_select_the_same(shape):
-    axes = ("data", "fsdp")[: len(shape)]
-    rows = NamedSharding(jax.make_mesh(shape, axes), PartitionSpec(axes))
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4)])
+def test_one_device_and_eight_select_the_same(mesh):
+    rows = sharding(make_mesh(mesh), "batch")
     for seed in range(3):
         batch = random_batch(seed=seed)
         sharded = run_select(*(jax.device_put(x, rows) for x in batch))

@@ -86,6 +86,22 @@ def test_masters_of_a_bfloat16_policy_stay_on_the_device_while_it_samples_and_sc
         assert not any(id(x) in kept for x in jax.tree.leaves(state.params))
 
 
+@pytest.mark.parametrize("host_memory", [False, True])
+def test_a_reference_stays_on_the_device_or_comes_for_its_pass(tmp_path, host_memory):
+    overrides = ["objective.kl.coefficient=0.1", f"objective.kl.host_memory={str(host_memory).lower()}"]
+    config = small_config(tmp_path, *overrides)
+    found = {job.name: job for job in run_jobs(config, make_mesh(config.mesh))}
+    its_pass = found.pop("score (reference)")
+    reference = jax.tree.leaves(its_pass.arguments[0])
+    assert {x.dtype.name for x in reference} == {"bfloat16"}
+    kept = {id(x) for x in jax.tree.leaves(its_pass.resident)}
+    assert all(id(x) in kept for x in jax.tree.leaves(found["update (apply)"].arguments[0]))  # the policy's state
+    for job in found.values():
+        kept = {id(x) for x in jax.tree.leaves(job.resident)}
+        assert [id(x) in kept for x in reference] == [not host_memory] * len(reference), job.name
+    assert found["score"].arguments[1].rows.reference_logp.shape == found["score"].arguments[1].rows.tokens.shape
+
+
 @pytest.mark.parametrize("load", [False, True])
 def test_a_known_vocabulary_needs_no_tokenizer_weights_or_data(tmp_path, load):
     sizes = {"hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "vocab_size": 96}

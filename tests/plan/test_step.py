@@ -80,6 +80,12 @@ def test_calls_are_those_that_the_programs_make(old, modulated, mini, micro):
     assert len(of.live) == 64 // mini
 
 
+def test_the_reference_passes_over_every_live_micro_batch():
+    of = work("trainer.mini_batch=32", "trainer.micro_batch=8", "objective.kl.coefficient=0.1")
+    assert PROGRAMS["score (reference)"].calls(of) == sum(of.live) > 0
+    assert PROGRAMS["score (reference)"].calls(work()) == 0
+
+
 def test_rows_are_packed():
     """64 rollouts of 20 + 64 tokens, one to a row of 128; of 20 + 12, four: one micro-batch is not full."""
     whole = work("trainer.mini_batch=32", "trainer.micro_batch=8", lengths=Lengths(20, 64, 64, ""))

@@ -1,8 +1,10 @@
 """The decoder: cache, padding, precision, sharding and gradients."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx
 
 from dynamo_jax.config import ArchitectureConfig, MeshConfig
+from dynamo_jax.config.choices import Remat
 from dynamo_jax.policy import (
     DecoderConfig,
     KVCache,
@@ -131,11 +134,36 @@ def test_the_future_is_not_seen(params: Any) -> None:
     assert (np.abs(a[:, 6:] - b[:, 6:]).max(axis=(0, 2)) > 1e-3).all()
 
 
-def test_remat_changes_nothing(params: Any) -> None:
+@pytest.mark.parametrize("remat", [word for word in get_args(Remat) if word != "none"])
+def test_remat_changes_nothing(params: Any, remat: str) -> None:
     tokens, valid = batch()
-    plain, remat = (loss_and_grad(dataclasses.replace(CONFIG, remat=r), params, tokens, valid) for r in (False, True))
-    np.testing.assert_allclose(remat[0], plain[0], rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), remat[1], plain[1])
+    plain, again = (loss_and_grad(dataclasses.replace(CONFIG, remat=r), params, tokens, valid) for r in ("none", remat))
+    np.testing.assert_allclose(again[0], plain[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), again[1], plain[1])
+
+
+def scans(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                yield from scans(inner)
+
+
+def test_remat_keeps_what_its_name_says(params: Any) -> None:
+    """What the layers hand to the backward pass: their input, what attention gave, what products gave, or all."""
+    tokens, valid = batch()
+    kept = {}
+    for remat in get_args(Remat):
+        run = compiled_loss(dataclasses.replace(CONFIG, remat=remat)).__wrapped__
+        forward = next(scans(jax.make_jaxpr(run)(params, tokens, valid).jaxpr))
+        kept[remat] = sum(math.prod(x.aval.shape) for x in forward.outvars[1:])  # the first is the carry
+    width = {name: tokens.size * TINY.num_layers * n for name, n in {"D": 16, "A": 4 * 4, "K": 2 * 4, "F": 24}.items()}
+    attention = width["D"] + width["A"]
+    products = attention + width["A"] + 2 * width["K"] + width["D"] + 2 * width["F"]  # none reads the last one's
+    assert (kept["full"], kept["attention"], kept["dots"]) == (width["D"], attention, products)
+    assert kept["none"] > products
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
