@@ -7,7 +7,9 @@ import importlib.util
 import math
 import os
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,10 @@ from jax.experimental import topologies
 
 from dynamo_jax.plan.chips import GIB
 from dynamo_jax.plan.jobs import Job
+
+# Devices of whose programs jax can give the text. Those with SparseCores have instructions of more operands than
+# jaxlib's reader allows ("async-update instruction should have 1 operands but sees 4", jaxlib 0.10.2, libtpu 0.0.52).
+READABLE = ("cpu", "TPU v4", "TPU v5 lite")
 
 REMEDIES = {
     "sample": "lower rollout.batch or rollout.max_tokens, or take a larger mesh",
@@ -80,7 +86,7 @@ def compile_job(job: Job) -> ProgramPlan:
     """What the compiler says of a program: seconds to minutes later, and with gigabytes of the host's memory."""
     resident, began = sum(device_bytes(x) for x in jax.tree.leaves(job.resident)), time.perf_counter()
     try:
-        compiled = job.function.lower(*job.arguments).compile()
+        compiled, text = _compiled(job)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -93,8 +99,27 @@ def compile_job(job: Job) -> ProgramPlan:
         arguments=m.argument_size_in_bytes,
         outputs=m.output_size_in_bytes - m.alias_size_in_bytes,
         temporaries=m.temp_size_in_bytes,
-        text=compiled.as_text(),
+        text=text,
     )
+
+
+def _compiled(job: Job) -> tuple[Any, str]:
+    """The program and its text, from jax or, where jax cannot read what the compiler made, as the compiler writes it."""
+    lowered = job.function.lower(*job.arguments)
+    if _kind(job) in READABLE:
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory(prefix="plan_") as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (written,) = Path(folder).glob("*.after_codegen.txt")
+        return compiled, written.read_text(encoding="utf-8")
+
+
+def _kind(job: Job) -> str:
+    """Of the devices that the program is for; of this machine's if its arguments name none."""
+    shardings = [x.sharding for x in jax.tree.leaves(job.arguments) if getattr(x, "sharding", None) is not None]
+    devices = shardings[0].device_set if shardings else jax.devices()
+    return str(next(iter(devices)).device_kind)
 
 
 def device_bytes(x: Any) -> int:

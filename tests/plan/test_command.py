@@ -274,6 +274,26 @@ def test_a_slice_that_does_not_do_is_one_line(topology, override, message):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+SPARSE_CORES = """
+import jax, jax.numpy as jnp
+from dynamo_jax.config import MeshConfig
+from dynamo_jax.plan import Job, compile_job, topology_devices
+from dynamo_jax.sharding import make_mesh, sharding
+
+where = sharding(make_mesh(MeshConfig(fsdp=4), topology_devices("v6e:2x2")), "batch")
+x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=where)
+plan = compile_job(Job("update", jax.jit(lambda x: x.sum(axis=0)), (x,)))
+print(plan.text.count("estimated_cycles") > 0, " all-reduce(" in plan.text)
+"""
+
+
+@needs_libtpu
+def test_the_text_of_chips_that_jax_cannot_read() -> None:
+    done = run("-c", SPARSE_CORES)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]
+
+
 OUT_OF_MEMORY = """
 import jax, jax.numpy as jnp
 from dynamo_jax.config import MeshConfig
