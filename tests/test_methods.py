@@ -136,6 +136,7 @@ CASES = [
     *((name, ()) for name in OBJECTIVES),
     ("dynamo", ("objective.group_weight=prompt", "modulation.entropy_change=sequence_mean")),
     ("gspo", ("modulation.enabled=true", "objective.fork_fraction=0.4")),
+    ("grpo", ("objective.correction={kind: mask, low: 0.1}",)),  # some tokens count 0
 ]
 
 
