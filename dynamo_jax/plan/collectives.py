@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dynamo_jax.plan.chips import Chip
 from dynamo_jax.plan.hlo import Instruction, Program
@@ -18,7 +18,6 @@ class Collective:
     """One collective of a program, as a device of its group sees it."""
 
     kind: str
-    channel: str  # the parts of one that runs beside other instructions share it
     bytes: float  # of this device's operands
     group: int  # devices
 
@@ -46,22 +45,32 @@ class Collective:
 def collectives_of(program: Program, computation: str, instruction: Instruction) -> Iterator[Collective]:
     """The collectives that an instruction is, starts or holds in its fused computation.
 
-    The end of one that was started (`-done`) is not counted again. A fusion `all-reduce-scatter` is what TPUs have in
-    place of a reduce-scatter: an all-reduce of which each device keeps its part.
+    One that runs beside other instructions is in several fused computations: in that which starts it, in those that run
+    meanwhile and in that which ends it. It counts where it starts (a `-done` is no collective here). A channel does not
+    tell them apart: all collectives of a `shard_map` may share one. A fusion `all-reduce-scatter` is what TPUs may have
+    in place of a reduce-scatter: an all-reduce of which each device keeps its part.
     """
     found = re.fullmatch(rf"({'|'.join(KINDS)})(-start)?", instruction.opcode)
     if found is None:
         called = instruction.called()
+        started = _started(called or "", program.body(called))
         for inner in program.body(called):
             for one in collectives_of(program, called or "", inner):
                 scattered = one.kind == "all-reduce" and "reduce-scatter" in f"{instruction.name} {called}"
-                yield dataclasses.replace(one, kind="reduce-scatter") if scattered else one
+                if started is None or inner.name in started:
+                    yield dataclasses.replace(one, kind="reduce-scatter") if scattered else one
         return
     operands = [program.find(computation, name) for name in instruction.operands]
     size = sum(array.bytes for made in operands if made is not None for array in made.arrays)
-    channel = re.search(r"channel_id=(\d+)", instruction.text)
-    group = _group(instruction.text)
-    yield Collective(found[1], channel[1] if channel else instruction.name, size, group)
+    yield Collective(found[1], size, _group(instruction.text))
+
+
+def _started(name: str, body: Sequence[Instruction]) -> set[str] | None:
+    """The collectives that a fused computation starts; None if it has no part in such as run beside others."""
+    marks = [i for i in body if re.search('custom_call_target="AsyncCollective(Start|Done)"', i.text)]
+    if not marks and not name.startswith("async_collective_fusion"):
+        return None
+    return {operand for i in marks if "AsyncCollectiveStart" in i.text for operand in i.operands}
 
 
 def _group(text: str) -> int:

@@ -91,7 +91,7 @@ class _Walk:
 
 
 def _walk(walk: _Walk, computation: str, turns: float, cost: Cost) -> None:
-    program, seen = walk.program, set[str]()
+    program = walk.program
     for instruction in program.body(computation):
         if instruction.opcode == "while":
             inner = walk.ends.get(program.where(instruction).rpartition(" ")[2], program.turns(instruction))
@@ -105,9 +105,7 @@ def _walk(walk: _Walk, computation: str, turns: float, cost: Cost) -> None:
             _add(cost, max(branches, key=lambda b: sum(entry.seconds for entry in b.entries)))
         else:
             for one in collectives_of(program, computation, instruction):
-                if one.channel not in seen:
-                    seen.add(one.channel)
-                    _send(cost, one, turns, walk.chip)
+                _send(cost, one, turns, walk.chip)
             _count(walk, computation, instruction, turns, cost)
 
 

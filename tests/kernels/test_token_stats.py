@@ -211,6 +211,24 @@ def test_work_follows_the_mask():
             assert len(visited) == 3 * tiles  # three blocks of the vocabulary
 
 
+def test_on_a_cpu_narrow_tiles_follow_the_mask():
+    """Without blocks: at most an eighth of the tokens, or 128, are computed beside those that count."""
+    hidden, head, targets, *_ = inputs(640, 7, jnp.float32)
+    visited = []
+
+    def count(hidden_tD, *rest):
+        jax.debug.callback(lambda: visited.append(len(hidden_tD)))
+        return logits(hidden_tD, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "logits", count)
+        jax.block_until_ready(jax.jit(lambda m: token_stats(hidden, head, targets, mask=m))(jnp.arange(640) < 512))
+        jax.effects_barrier()
+    assert visited == [128] * 4
+    assert chunked.cpu_blocks_of_some(4096).tokens == 512
+    assert chunked.cpu_blocks_of_some(10**6) == chunked.CPU_BLOCKS
+
+
 def test_backward_work_follows_the_gradient():
     """Tokens that get no gradient back are skipped; a nan is no zero. Whatever is skipped, the gradients are right."""
     hidden, head, targets, g_logp, g_entropy = inputs(64, 151, jnp.float32)

@@ -45,6 +45,7 @@ def test_planned_programs_are_those_that_the_trainer_runs(tmp_path):
     config = small_config(tmp_path, "eval.temperature=0.5")
     mesh = make_mesh(config.mesh)
     trainer = Trainer(config, build_task(config), mesh, Ending())
+    trainer.keeper = None  # which would save a reference policy; this run has none
     trainer._start()
     programs = (trainer.programs, trainer.allocation, trainer.sampler, trainer.eval_sampler)
     found = jobs(config, mesh, *programs)

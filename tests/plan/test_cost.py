@@ -49,8 +49,8 @@ def test_each_instruction_counts_for_the_resource_that_takes_at_least_half_of_it
 
 
 def test_what_is_sent():
-    """A started all-gather and its end are one. 4 devices of a group: 3 parts of 1 MiB; a reduce-scatter of 4 MiB sends
-    3/4 of them; 30 permutes of 4 MiB each go one way."""
+    """An all-gather that starts, goes on and ends is one, and another with its channel counts, too. 4 devices of a
+    group: 3 parts of 1 MiB; a reduce-scatter of 4 MiB sends 3/4 of them; 30 permutes of 4 MiB each go one way."""
     cost = program_cost(PROGRAM, V5E)
     assert cost.collectives == {
         "all-gather": 3 * MIB,
@@ -106,10 +106,10 @@ def test_a_text_that_is_no_program_is_refused():
     ],
 )
 def test_bytes_on_the_wire(kind, wire):
-    one = Collective(kind, "1", 80.0, 8)
+    one = Collective(kind, 80.0, 8)
     assert one.wire == wire
     assert one.seconds(V5E) == wire / (50e9 if kind == "collective-permute" else 100e9)
-    assert Collective(kind, "1", 80.0, 1).wire == (80 if kind == "collective-permute" else 0)
+    assert Collective(kind, 80.0, 1).wire == (80 if kind == "collective-permute" else 0)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,13 @@ def test_rows_are_packed():
     assert short.padding == 0
 
 
+def test_a_reference_reads_every_live_micro_batch_once():
+    sizes = ["trainer.mini_batch=32", "trainer.micro_batch=8"]
+    with_reference = work(*sizes, "objective.kl.coefficient=0.01")
+    assert PROGRAMS["score (reference)"].calls(with_reference) == sum(with_reference.live)
+    assert PROGRAMS["score (reference)"].calls(work(*sizes)) == 0
+
+
 def test_pieces_decode_until_their_longest_ends():
     of = work("rollout.batch=16")
     assert of.pieces == 4

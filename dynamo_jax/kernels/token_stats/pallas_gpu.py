@@ -6,8 +6,9 @@ shared memory, on into the next block of columns while the sums of the last are 
 half of the tokens, and take their logits into their sums. The parts, there so that few tokens still keep every
 multiprocessor busy, are merged afterwards as shards are.
 
-By its machine code for an H100 (ptxas 13.5) nothing is spilled, the products of 64 x 256 x 16 follow one another, and a
-block's sums take 15 instructions a logit: 0.15 of the time of its products at D = 1536, 0.06 at 4096. Not measured yet.
+By its machine code for an H100 (benchmarks/gpu_compile.py) nothing is spilled, the products of 64 x 256 x 16 follow
+one another, and a block's sums take 15 instructions a logit: 0.15 of the time of its products at D = 1536, 0.06 at
+4096. Not measured on a card yet.
 
 The backward pass has no kernel. To write neither gradient more than once it would make each logit twice: four products
 of T D V, 12.7 ms at 600 TFLOP/s for T 4096, D 1536, V 151936, where `chunked.backward`, with three, took 12.4 on an
