@@ -105,6 +105,23 @@ def test_batch_sizes_follow_from_one_another(tmp_path):
     assert (config.mini_batch, config.micro_batch, config.rollout_batch) == (128, 32, 64)
 
 
+def test_rows_hold_the_longest_rollout(tmp_path):
+    """16 prompt tokens and 8 of a completion; from one tile of 128 slots on, whole tiles."""
+    for max_tokens, row_tokens in ((8, 24), (112, 128), (113, 256), (1008, 1024)):
+        assert load(tmp_path, MINIMAL, f"rollout.max_tokens={max_tokens}").row_tokens == row_tokens
+    assert load(tmp_path, MINIMAL, "trainer.row_tokens=40").row_tokens == 40
+    with pytest.raises(ConfigError, match=r"row_tokens = 23: does not hold a prompt of 16 .* of 8.* Set 24 or more"):
+        load(tmp_path, MINIMAL, "trainer.row_tokens=23")
+
+
+def test_remat_is_a_word_and_older_files_have_a_boolean(tmp_path):
+    for given, word in (("true", "full"), ("false", "none"), ("dots", "dots"), ("attention", "attention")):
+        config = load(tmp_path, MINIMAL, f"policy.remat={given}")
+        assert config.policy.remat == resolved(config)["policy"]["remat"] == word
+    with pytest.raises(ConfigError, match="remat"):
+        load(tmp_path, MINIMAL, "policy.remat=some")
+
+
 @pytest.mark.parametrize("text", ["0", "0.0", "0e0", "1e-3", "1e-10"])
 def test_an_evaluation_may_be_greedy(tmp_path, text):
     config = load(tmp_path, MINIMAL, f"eval.temperature={text}")
@@ -251,9 +268,9 @@ def changed(tmp_path: Path, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "override",
-    ["run_dir=x", "device=cpu", "mesh.data=2", "trainer.steps=7", "trainer.micro_batch=64", "rollout.batch=64",
-     "policy.remat=true", "checkpoint.every=3", "checkpoint.keep=9", "logging.progress=false", "verifier.workers=7",
-     "task.allow_overlap=true", "objective.kl.host_memory=true"],
+    ["run_dir=x", "device=cpu", "mesh.data=2", "trainer.steps=7", "trainer.micro_batch=64", "trainer.row_tokens=64",
+     "rollout.batch=64", "policy.remat=true", "checkpoint.every=3", "checkpoint.keep=9", "logging.progress=false",
+     "verifier.workers=7", "task.allow_overlap=true", "objective.kl.host_memory=true"],
 )  # fmt: skip
 def test_where_and_how_fast_may_change_on_resume(tmp_path, override):
     assert changed(tmp_path, override) == []

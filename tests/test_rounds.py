@@ -173,7 +173,7 @@ def test_run_in_rounds_resumes_and_does_not_know_the_mesh(method: str, tmp_path:
         assert sum(line[f"allocation/prompts_{kind}"] for kind in ("hard", "middle", "easy")) == len(counts)
         means = [np.mean([row["reward"] for row in rows if row["prompt_id"] == name]) for name in counts]
         assert line["reward/prompt_mean"] == pytest.approx(np.mean(means))
-    assert whole.trainer.programs.traces == {"score": 1, "update": 1}
+    assert whole.trainer.programs.traces == {"score": 1, "terms": 0, "update": 1, "update (apply)": 0}
     assert whole.trainer.sampler.traces == 1
     run(tmp_path / "parts", method, everything, "trainer.steps=2")
     run(tmp_path / "parts", method, everything)
