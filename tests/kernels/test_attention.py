@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynamo_jax.config import MeshConfig
 from dynamo_jax.kernels import attention as module
 from dynamo_jax.kernels.attention import attention, segment_attention
+from dynamo_jax.sharding import make_mesh
 
 
 def inputs(dtype, Q, S=None, B=2, N=4, K=2, H=8):
@@ -111,3 +113,24 @@ def test_each_segment_attends_to_itself_alone(monkeypatch, block):
     assert np.isfinite(out).all()
     real = SEGMENTS != 9
     np.testing.assert_allclose(out[real], by_segment(q, k, v, SEGMENTS)[real], atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [4, 5])  # of 6 slots; of 5, the last one shorter
+def test_parts_of_the_queries_on_a_cpu_change_nothing(monkeypatch, parts):
+    """Values and gradients, of real tokens."""
+    monkeypatch.setattr(module, "CPU_MIN_SLOTS", SEGMENTS.shape[1])
+    monkeypatch.setattr(module, "CPU_PARTS", parts)
+    q, k, v, *_ = inputs(jnp.float32, SEGMENTS.shape[1], B=3)
+    real = jnp.asarray(SEGMENTS != 9)[..., None, None]
+
+    def run(mesh):
+        def loss(q, k, v):
+            return jnp.sum(jnp.sin(segment_attention(q, k, v, SEGMENTS, mesh=mesh)) * real)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+
+    on_mesh, alone = run(make_mesh(MeshConfig())), run(None)
+    assert "concatenate" in str(jax.make_jaxpr(on_mesh)(q, k, v))
+    assert "concatenate" not in str(jax.make_jaxpr(alone)(q, k, v))
+    for ours, expected in zip(jax.tree.leaves(on_mesh(q, k, v)), jax.tree.leaves(alone(q, k, v)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=2e-6)
