@@ -104,7 +104,7 @@ def compile_job(job: Job) -> ProgramPlan:
 
 
 def _compiled(job: Job) -> tuple[Any, str]:
-    """The program and its text, from jax or, where jax cannot read what the compiler made, as the compiler writes it."""
+    """The program and its text: from jax, or where it cannot read what the compiler made, as the compiler writes it."""
     lowered = job.function.lower(*job.arguments)
     if _kind(job) in READABLE:
         compiled = lowered.compile()

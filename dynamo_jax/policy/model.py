@@ -78,9 +78,9 @@ class Blocks(nnx.Module):
         k_BQKH = dot("bqd,dkh->bqkh", y_BQD, "k")
         v_BQKH = dot("bqd,dkh->bqkh", y_BQD, "v")
         if shape.qkv_bias:
-            q_BQAH += self.q_bias[...].astype(q_BQAH.dtype)
-            k_BQKH += self.k_bias[...].astype(k_BQKH.dtype)
-            v_BQKH += self.v_bias[...].astype(v_BQKH.dtype)
+            q_BQAH = _plus(q_BQAH, self.q_bias[...])
+            k_BQKH = _plus(k_BQKH, self.k_bias[...])
+            v_BQKH = _plus(v_BQKH, self.v_bias[...])
         out_BQAH, kept = attend(_rotate(q_BQAH, *rope), _rotate(k_BQKH, *rope), v_BQKH)
         # einsum sums in the order of its letters: H comes before a, so that the last bits stay what they were.
         x_BQD = x_BQD + dot("bqaH,aHd->bqd", out_BQAH, "o")
@@ -234,6 +234,11 @@ class Decoder(nnx.Module):
 def _precision(compute_dtype: str) -> jax.lax.Precision | None:
     # A TPU multiplies float32 matrices in bfloat16 unless told otherwise; who asks for float32 means it.
     return jax.lax.Precision.HIGHEST if compute_dtype == "float32" else None
+
+
+def _plus(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """In float32, and so is the sum over tokens that is the bias's gradient; returned in the dtype of x."""
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
