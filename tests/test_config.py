@@ -107,7 +107,7 @@ def test_batch_sizes_follow_from_one_another(tmp_path):
 
 def test_rows_hold_the_longest_rollout(tmp_path):
     """16 prompt tokens and 8 of a completion; from one tile of 128 slots on, whole tiles."""
-    for max_tokens, row_tokens in ((8, 24), (112, 128), (113, 256), (1008, 1024)):
+    for max_tokens, row_tokens in ((8, 24), (113, 129), (496, 512), (497, 640), (1008, 1024)):
         assert load(tmp_path, MINIMAL, f"rollout.max_tokens={max_tokens}").row_tokens == row_tokens
     assert load(tmp_path, MINIMAL, "trainer.row_tokens=40").row_tokens == 40
     with pytest.raises(ConfigError, match=r"row_tokens = 23: does not hold a prompt of 16 .* of 8.* Set 24 or more"):

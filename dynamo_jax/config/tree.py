@@ -13,7 +13,7 @@ from dynamo_jax.config.home import AT_HOME, PathText
 from dynamo_jax.config.kinds import STRICT, NonNegativeFloat, Probability
 from dynamo_jax.config.methods import AllocationConfig, ModulationConfig, ObjectiveConfig, OptimizerConfig
 
-ROW_TILE = 128
+ROW_TILE, UNTILED = 128, 512  # slots: of the attention kernels; up to which rows do as well without them
 _REWARDS = "|".join((*get_args(choices.VerifierKind), *get_args(choices.RewardKind)))
 
 
@@ -251,9 +251,9 @@ class Config:
 
     @property
     def row_tokens(self) -> int:
-        """S, slots of a row: by default the longest rollout's, rounded up to the kernels' tiles if it is longer."""
+        """S, slots of a row: by default the longest rollout's, rounded up to the kernels' tiles where that matters."""
         longest = self.task.max_prompt_tokens + self.rollout.max_tokens
-        return self.trainer.row_tokens or (longest if longest <= ROW_TILE else -(-longest // ROW_TILE) * ROW_TILE)
+        return self.trainer.row_tokens or (longest if longest <= UNTILED else -(-longest // ROW_TILE) * ROW_TILE)
 
     @property
     def rollout_batch(self) -> int:
