@@ -39,7 +39,7 @@ RUNS = [
     ("arithmetic_cpu", "v5e:2x2", ["device=tpu", "mesh.fsdp=2", "mesh.tensor=2"]),
     ("qwen2.5_math_1.5b", "v5e:4x4", []),
     ("qwen2.5_math_7b", "v5e:8x8", []),
-    ("qwen2.5_math_7b", "v5p:2x2x4", ["mesh.tensor=1", "policy.remat=none"]),
+    ("qwen2.5_math_7b", "v5p:2x2x4", ["mesh.tensor=1"]),
 ]
 
 
