@@ -138,7 +138,7 @@ def copies(table_VD: jax.Array, mesh: Mesh | None) -> jax.Array:
     this can be done once an update and not once a micro-batch.
     """
     if mesh is None:
-        return table_VD[None]
+        return jnp.asarray(table_VD)[None]
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     table_VD = gathered(table_VD, ("vocab", "embed"), mesh)
     table_XVD = jnp.broadcast_to(table_VD[None], (shards, *table_VD.shape))

@@ -13,7 +13,7 @@ from dynamo_jax.allocation import RULES, PromptStats, Rule, prompt_features, rel
 from dynamo_jax.allocation.programs import OLDER_GP_NAMES, AllocationPrograms, AllocationState
 from dynamo_jax.batch import Pool, PromptBatch, Rollouts
 from dynamo_jax.config import AllocationConfig, MeshConfig, choices
-from dynamo_jax.config.tree import VIPConfig
+from dynamo_jax.config.methods import VIPConfig
 from dynamo_jax.run.checkpoint import Checkpointer
 from dynamo_jax.sharding import make_mesh
 
