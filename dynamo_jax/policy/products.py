@@ -65,7 +65,6 @@ def _weight_gradient(plan: Product, x: jax.Array, dy: jax.Array) -> jax.Array:
     splits the product into one for each part, of a width that the matrix unit is bad at.
     """
     of_x, of_w, of_y = plan.letters
-
     split = plan.axes.index("embed")
     # The split axis first, so that each device's part is a run of whole rows.
     order = of_w[split] + of_w.replace(of_w[split], "")

@@ -74,11 +74,11 @@ class Programs:
         init = partial(init_state, optimizer=self.optimizer, rounding=config.optimizer.rounding)
         self.init = jax.jit(init, out_shardings=in_state)
         self.empty_program = jax.jit(lambda: step.no_stats(self.shape), out_shardings=rows)
-        self.score_program = compiled("score", step.score, (rows, everywhere), donate=3)
+        self.score_program = compiled("score", step.score, (rows, everywhere), donate=(3,))
         self.terms_program = compiled("terms", step.terms, self.terms_shardings)
-        self.gradient_program = compiled("update", step.add_gradient, in_sum, donate=0)
-        self.apply_program = compiled("update (apply)", step.apply, (in_state, everywhere), donate=0)
-        self.whole_program = compiled("update", step.whole, (in_state, everywhere), donate=0)
+        self.gradient_program = compiled("update", step.add_gradient, in_sum, donate=(0,))
+        self.apply_program = compiled("update (apply)", step.apply, (in_state, everywhere), donate=(0,))
+        self.whole_program = compiled("update", step.whole, (in_state, everywhere), donate=(0,))
 
     def place(self, mini: MiniBatch) -> MiniBatch:
         """The mini-batch on the devices: its rows split, what is known of each rollout on all."""
@@ -120,7 +120,7 @@ class Programs:
         return self.apply_program(state, total, metrics)
 
 
-def _counted(traces: dict[str, int], name: str, f: Any, out: Any, donate: int | tuple[()] = ()) -> Any:
+def _counted(traces: dict[str, int], name: str, f: Any, out: Any, donate: tuple[int, ...] = ()) -> Any:
     """`f`, jitted. `traces[name]` goes up once a trace, not once a call."""
     traces.setdefault(name, 0)
 
